@@ -1,0 +1,31 @@
+"""Errors of bark_fast. Every message is one line and names the value, the bound and the remedy."""
+
+from __future__ import annotations
+
+
+class BarkFastError(Exception):
+    """Base of every error bark_fast raises on purpose."""
+
+
+class InvalidInput(BarkFastError, ValueError):
+    """A value given by the caller is outside what Bark accepts."""
+
+
+class TextTooLong(InvalidInput):
+    """The text has more tokens than Bark reads at once."""
+
+
+class InvalidVoice(InvalidInput):
+    """A voice is unknown, malformed or out of range."""
+
+
+class CheckpointError(BarkFastError):
+    """A checkpoint is missing, damaged or not a Bark checkpoint."""
+
+
+class OutputError(BarkFastError, OSError):
+    """A result cannot be written where it was asked to go."""
+
+
+class GenerationError(BarkFastError, RuntimeError):
+    """The model produced something that cannot become speech (NaN logits, no tokens at all)."""
