@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 from bark_fast.errors import InvalidInput
@@ -90,7 +90,7 @@ class CodecConfig:
     @property
     def hop_length(self) -> int:
         """Samples per frame of codes (320)."""
-        return prod(self.upsampling_ratios)
+        return math.prod(self.upsampling_ratios)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Layout:
     @property
     def max_semantic_history(self) -> int:
         """Semantic tokens that accompany a full coarse history (209)."""
-        return int(self.max_coarse_history // self.semantic_to_coarse_ratio)
+        return math.floor(self.max_coarse_history / self.semantic_to_coarse_ratio)
 
 
 @dataclass(frozen=True)
