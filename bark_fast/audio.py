@@ -1,4 +1,4 @@
-"""What Bark returns: a waveform with its tokens and timings, and how both are written to disk, whole or not at all."""
+"""What Bark returns, a waveform with its tokens and timings, and how it gets to disk: whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def _target(path: str | Path) -> tuple[Path, int | None]:
     path = Path(path)
     try:
         target = Path(os.path.realpath(path))
-        mode = target.stat().st_mode if target.exists() else None
+        try:
+            mode = target.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            mode = None
     except (OSError, ValueError) as error:
         _fail(path, error)
     if not target.parent.is_dir():
@@ -65,8 +68,8 @@ def _target(path: str | Path) -> tuple[Path, int | None]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary file beside `path`; it takes the place of `path` if the block ends well.
 
-    If the block fails, for KeyboardInterrupt too, the temporary file goes and an existing `path` stays as it was.
-    Raises OutputError for whatever the file system refuses, in the block as well.
+    If the block fails, by KeyboardInterrupt too, the temporary file goes and an existing `path` stays as it
+    was. Raises OutputError for whatever the file system refuses, in the block as well.
     """
     target, mode = _target(path)
     temporary = target.parent / f".{secrets.token_hex(8)}.part"  # short: the name of `path` may be at the limit
@@ -92,8 +95,6 @@ def check_writable(path: str | Path) -> None:
     target, _ = _target(path)
     probe = target.parent / f".{secrets.token_hex(8)}.part"
     try:
-        with suppress(FileNotFoundError):
-            target.lstat()  # tells of a name that is too long
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
     except OSError as error:
@@ -221,8 +222,8 @@ class Audio:
             )
         if not ratio_fits(tokens.coarse.shape[1], len(tokens.semantic), Layout()):
             raise OutputError(
-                f"cannot write {path}: {tokens.coarse.shape[1]} frames to {len(tokens.semantic)} semantic tokens "
-                "is not the 1.5 to 1 that Bark asks of a voice; use a longer utterance"
+                f"cannot write {path}: {tokens.coarse.shape[1]} frames to {len(tokens.semantic)} semantic "
+                "tokens is not the 1.5 to 1 that Bark asks of a voice; use a longer utterance"
             )
         tokens.save(path)
 
@@ -236,7 +237,7 @@ class Audio:
         rates = sorted({part.sample_rate for part in parts})
         if len(rates) != 1:
             raise InvalidInput(f"parts have the sample rates {rates}; give at least one part, all of one rate")
-        if not 0 <= pause <= 3600:
+        if not isinstance(pause, (int, float)) or not 0 <= pause <= 3600:
             raise InvalidInput(f"pause is {pause!r}; it must be 0 to 3600 seconds")
         silence = np.zeros(round(pause * rates[0]), dtype=np.float32)
         pieces = [piece for part in parts for piece in (silence, part.samples)][1:]

@@ -15,7 +15,9 @@ def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidInput(f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1")
+            raise InvalidInput(
+                f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1"
+            )
 
 
 @dataclass(frozen=True)

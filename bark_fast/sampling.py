@@ -132,7 +132,9 @@ def make_rule(
     values = {f.name: getattr(params, f.name) for f in fields(params)}
     missing = [name for name, value in values.items() if isinstance(value, Inherit)]
     if missing:
-        raise InvalidInput(f"sampling parameters {', '.join(missing)} have no value; call .over(defaults) first")
+        raise InvalidInput(
+            f"sampling parameters {', '.join(missing)} have no value; call .over(defaults) first"
+        )
     return SamplingRule(
         dialect=dialect,
         windows=windows,

@@ -1,4 +1,4 @@
-"""Text in, token ids out: Bark's tokenizer (cased multilingual BERT WordPiece) and a splitter for long texts."""
+"""Text in, token ids out: Bark's tokenizer (cased multilingual BERT WordPiece), a splitter for long texts."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def _sentences(paragraph: str, language: str) -> list[str]:
     try:
         found: list[str] = sentencex.segment(language, paragraph)
     except BaseException as error:
-        # A panic in its Rust code (1.0 has one, on U+00A0 before a period) is no Exception; cut at clauses then.
+        # A panic in its Rust code (1.0 has one, on U+00A0 before a period) is no Exception; clauses still do.
         if type(error).__name__ != "PanicException":
             raise
         return [paragraph]

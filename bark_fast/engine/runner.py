@@ -95,9 +95,7 @@ class EagerRunner:
                 seq = sequences[row]
                 rule, eos = seq.work.rule, seq.work.rule.eos_token
                 noise = None if rule.greedy else seq.noise.token(rule, seq.work.chunk, seq.stream, seq.step)
-                drawn.append(
-                    sample(scores[None], noise, rule, None if eos is None else eos - low)
-                )
+                drawn.append(sample(scores[None], noise, rule, None if eos is None else eos - low))
             for row, token in zip(rows, torch.cat(drawn).tolist(), strict=True):
                 tokens[row] = token if token == INVALID_TOKEN else token + low
         return tokens

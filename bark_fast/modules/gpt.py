@@ -83,9 +83,7 @@ class GPT(nn.Module):
                 rows = slice(part.start, part.stop)
                 keys, values = part.cache.append(layer, key[rows], value[rows])
                 # SDPA's fast paths want a batch dimension
-                seen = ops.attention(
-                    query[rows].transpose(0, 1)[None], keys[None], values[None], causal=True
-                )
+                seen = ops.attention(query[rows].transpose(0, 1)[None], keys[None], values[None], causal=True)
                 merged.append(seen[0].transpose(0, 1).reshape(part.stop - part.start, heads * head_dim))
             return merged[0] if len(merged) == 1 else torch.cat(merged)
 
