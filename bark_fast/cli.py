@@ -177,7 +177,7 @@ def _read_text(text: str | None, text_file: Path | None) -> str:
 
 
 def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark, float]:
-    """The model asked for. Without one, suno/bark-small; and if the hub cannot be reached, noise, said plainly."""
+    """The model asked for; without one suno/bark-small, and where no hub can be reached noise, said plainly."""
     from bark_fast.pipeline import Bark
 
     started = time.perf_counter()
@@ -189,8 +189,8 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
             raise
         folder = _noise_checkpoint(quiet)
         click.echo(
-            f"bark-fast: {error}\nbark-fast: using random weights from {folder} instead: WHAT YOU WILL HEAR IS NOISE, "
-            f"not speech, until you give real weights with --model",
+            f"bark-fast: {error}\nbark-fast: using random weights from {folder} instead: WHAT YOU WILL HEAR "
+            f"IS NOISE, not speech, until you give real weights with --model",
             err=True,
         )
         bark = Bark.from_pretrained(folder, **loading)
@@ -208,7 +208,8 @@ def _noise_checkpoint(quiet: bool) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot make {cache} ({error.strerror}); set XDG_CACHE_HOME to a writable folder or give --model"
+                f"cannot make {cache} ({error.strerror}); set XDG_CACHE_HOME to a writable folder, or give "
+                f"--model"
             ) from None
         make_checkpoint(folder, size="tiny", format="hf", seed=0, progress=not quiet)
     return folder

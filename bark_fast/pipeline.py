@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
 
 import torch
 from torch import nn
@@ -27,6 +26,9 @@ from bark_fast.text import Tokenizer, encode_text, split_text
 from bark_fast.voices import Voice, VoiceLibrary, load_voice
 from bark_fast.work import IntArray, Work
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 VoiceLike: TypeAlias = "str | Path | Mapping[str, Any] | Voice | Audio | None"
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,6 +40,20 @@ _DTYPES = {
     "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `Bark.generate`, for type checkers."""
+
+    voice: VoiceLike | Sequence[VoiceLike]
+    seed: int | Sequence[int] | None
+    rng: Rng
+    semantic: SamplingParams | None
+    coarse: SamplingParams | None
+    fine: SamplingParams | None
+    max_seconds: float | None
+    long_form: bool
+    progress: bool | ProgressCallback
 
 
 class Bark:
@@ -87,7 +103,7 @@ class Bark:
         max_batch: int = 16,
         progress: bool = False,
     ) -> Bark:
-        """Load a checkpoint: a folder with suno's or Hugging Face's files, "suno" (suno's cache folder), or a hub id.
+        """Load a checkpoint: a folder of suno's or Hugging Face's files, "suno" (suno's cache), or a hub id.
 
         device: "auto" takes a CUDA GPU when there is one, else the CPU. dtype: "auto" is bfloat16 on a GPU
         (float16 where it has none) and float32 on a CPU; the codec stays in float32. dialect: sampling order,
@@ -103,12 +119,14 @@ class Bark:
         return cls(checkpoint, where, dialect, max_batch)
 
     @overload
-    def generate(self, text: str, **options: Any) -> Audio: ...
+    def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Audio: ...
     @overload
-    def generate(self, text: Sequence[str], **options: Any) -> list[Audio]: ...
+    def generate(
+        self, text: list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
+    ) -> list[Audio]: ...
     def generate(
         self,
-        text: str | Sequence[str],
+        text: str | list[str] | tuple[str, ...],
         *,
         voice: VoiceLike | Sequence[VoiceLike] = None,
         seed: int | Sequence[int] | None = None,
@@ -122,10 +140,10 @@ class Bark:
     ) -> Audio | list[Audio]:
         """Speak one text, or several at once.
 
-        voice: a preset name, an .npz file, a dict of prompts, a `Voice` or an earlier `Audio`; one for all, or a
-            list with one per text.
-        seed: an integer from 0 to 2**64 - 1 for each text alike, or one per text. None draws a fresh one per text
-            ("philox") or goes on with torch's global generator ("torch").
+        voice: a preset name, an .npz file, a dict of prompts, a `Voice` or an earlier `Audio`; one for all,
+            or a list with one per text.
+        seed: an integer from 0 to 2**64 - 1 for each text alike, or one per text. None draws a fresh one per
+            text ("philox") or goes on with torch's global generator ("torch").
         rng: "philox" makes a text's tokens depend on its seed alone, whatever else is in the batch. "torch"
             consumes a torch generator exactly as suno and Hugging Face do: the result is that of
             `torch.manual_seed(seed)` before their call. Several texts with one seed are then, in the "hf"
@@ -144,8 +162,8 @@ class Bark:
         joined = rng == "torch" and self.dialect == "hf" and isinstance(seeds, int) and len(texts) > 1
         if joined and long_form:
             raise InvalidInput(
-                "rng='torch' with one seed for several texts is Hugging Face's batched call, which long_form=True "
-                "cannot be; give one seed per text, or rng='philox'"
+                "rng='torch' with one seed for several texts is Hugging Face's batched call, which "
+                "long_form=True cannot be; give one seed per text, or rng='philox'"
             )
         options = self._options(semantic, coarse, fine, max_seconds, joined)
         chunks = [self._chunks(one, long_form) for one in texts]
@@ -209,8 +227,8 @@ class Bark:
         for name in ("top_k", "top_p", "min_eos_p"):
             if getattr(sampling.fine, name) is not None:
                 raise InvalidInput(
-                    f"fine.{name} is {getattr(sampling.fine, name)!r}; Bark's fine stage samples by temperature "
-                    f"alone, leave it None"
+                    f"fine.{name} is {getattr(sampling.fine, name)!r}; Bark's fine stage samples by "
+                    f"temperature alone, leave it None"
                 )
         return Options(
             layout=self.config.layout,
@@ -260,7 +278,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
         return torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in _DTYPES.values():
+    if chosen is None or chosen not in _DTYPES.values():
         raise InvalidInput(f"dtype is {dtype!r}; choose one of auto, {', '.join(_DTYPES)}")
     return chosen
 
@@ -283,8 +301,8 @@ def _observer(report: ProgressCallback | None) -> Callable[[int, Work, int], Non
     return observe
 
 
-def _checked_texts(texts: Sequence[str]) -> list[str]:
-    if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+def _checked_texts(texts: object) -> list[str]:
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
         raise InvalidInput(f"text is a {type(texts).__name__}; pass a string or a list of strings")
     return list(texts)
 

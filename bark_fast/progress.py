@@ -13,7 +13,7 @@ from bark_fast.work import Decode, FinePass, Join, Work
 
 @dataclass(frozen=True)
 class Progress:
-    """Where utterance `index` stands: `done` of at most `total` units (tokens, passes) of chunk `chunk`'s `stage`."""
+    """Where utterance `index` stands: `done` of at most `total` units (tokens, passes) of a chunk's `stage`."""
 
     index: int
     chunk: int
@@ -42,8 +42,8 @@ def progress_of(index: int, work: Work, done: int) -> Progress | None:
 class ProgressBar:
     """One bar for all utterances: stage, tokens a second, and real-time factor of the stage.
 
-    The real-time factor is wall seconds per second of speech: below 1 is faster than real time. chunks: number of
-    chunks of each utterance.
+    The real-time factor is wall seconds per second of speech: below 1 is faster than real time.
+    chunks: number of chunks of each utterance.
     """
 
     def __init__(self, layout: Layout, chunks: list[int]) -> None:

@@ -26,7 +26,7 @@ def check_seeds(seed: int | Sequence[int] | None, count: int) -> int | list[int]
     """`seed` as plain integers, checked: one, a list with one per text, or None."""
     if seed is None:
         return None
-    if isinstance(seed, Sequence) and not isinstance(seed, str):
+    if isinstance(seed, Sequence):
         if len(seed) != count:
             raise InvalidInput(f"{len(seed)} seeds for {count} texts; give one for all, or one per text")
         return [_seed(one) for one in seed]

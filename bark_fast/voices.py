@@ -194,7 +194,8 @@ def check_voice(arrays: Mapping[str, Any], name: str, layout: Layout) -> Voice:
     if not ratio_fits(coarse.shape[1], len(semantic), layout):
         raise InvalidVoice(
             f"voice {_short(name)} has {coarse.shape[1]} coarse frames to {len(semantic)} semantic tokens; "
-            f"Bark needs {round(layout.coarse_rate_hz / layout.semantic_rate_hz, 1)} to 1: take both from the same stretch"
+            f"Bark needs {round(layout.coarse_rate_hz / layout.semantic_rate_hz, 1)} to 1: take both from the "
+            f"same stretch"
         )
     return Voice(semantic, coarse, fine, name)
 

@@ -69,7 +69,10 @@ class EagerRunner:
     @torch.inference_mode()
     def step(self, model: str, sequences: Items[Sequence]) -> list[int]:
         gpt = self.models[model]
-        ids, positions, merged, segments = [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        merged: list[tuple[int, Tensor]] = []
+        segments: list[Segment] = []
         for seq in sequences:
             start, length = len(ids), seq.cache.length
             ids += seq.feed

@@ -30,8 +30,8 @@ class Sequence:
         block_size = self.cache.keys.shape[2]
         if not prompt or len(prompt) + work.max_new_tokens - 1 > block_size:
             raise GenerationError(
-                f"prompt of {len(prompt)} and {work.max_new_tokens} new tokens do not fit {work.model}'s context "
-                f"of {block_size}; shorten the prompt"
+                f"prompt of {len(prompt)} and {work.max_new_tokens} new tokens do not fit {work.model}'s "
+                f"context of {block_size}; shorten the prompt"
             )
         keep = 0
         if work.merged is None and self.merged is None:

@@ -17,7 +17,8 @@ class CausalConv(nn.Conv1d):
         # reflection needs more samples than it mirrors; EnCodec lends zeros and takes them back
         lent = max(0, left - x.shape[-1] + 1)
         padded = F.pad(F.pad(x, (0, lent)), (left, 0), mode="reflect")
-        return super().forward(padded[..., : padded.shape[-1] - lent])
+        y: Tensor = super().forward(padded[..., : padded.shape[-1] - lent])
+        return y
 
 
 class Residual(nn.Module):
@@ -31,7 +32,8 @@ class Residual(nn.Module):
         self.shortcut = CausalConv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.shortcut(x) + self.conv_2(F.elu(self.conv_1(F.elu(x))))
+        y: Tensor = self.shortcut(x) + self.conv_2(F.elu(self.conv_1(F.elu(x))))
+        return y
 
 
 class Upsample(nn.Module):

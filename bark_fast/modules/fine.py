@@ -46,7 +46,8 @@ class FineGPT(nn.Module):
     def logits(self, hidden: Tensor, codebook: int, codebook_size: int) -> Tensor:
         """Logits (..., codebook_size) of `codebook` for hidden states (..., n_embd)."""
         head = self.heads[codebook - self.config.n_codes_given]
-        return ops.linear(self.ln_f(hidden), head.weight[:codebook_size])
+        weight: Tensor = head.get_parameter("weight")
+        return ops.linear(self.ln_f(hidden), weight[:codebook_size])
 
     def _attend(self, qkv: Tensor) -> Tensor:
         batch, time, _ = qkv.shape

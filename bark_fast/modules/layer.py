@@ -54,7 +54,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.out(attend(self.qkv(self.ln_1(x))))
-        return x + self.proj(ops.gelu(self.fc(self.ln_2(x))))
+        y: Tensor = x + self.proj(ops.gelu(self.fc(self.ln_2(x))))
+        return y
 
 
 class Embedding(nn.Module):

@@ -65,7 +65,7 @@ def _sample_suno(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_i
 
 
 def _sample_hf(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_index: int | None) -> Tensor:
-    """Hugging Face: EOS rule, temperature, top-k, top-p, renormalisation, draw (transformers logits_process)."""
+    """Hugging Face: EOS rule, temperature, top-k, top-p, draw (transformers `logits_process.py`)."""
     if eos_index is not None and rule.min_eos_p is not None:
         forced = F.softmax(scores, dim=-1)[..., eos_index, None] > rule.min_eos_p
         only_eos = torch.full_like(scores, -torch.inf)

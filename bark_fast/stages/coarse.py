@@ -35,8 +35,8 @@ def coarse(
 ) -> Stage[IntArray]:
     """Coarse codes (2, frames) in [0, codebook_size) for semantic tokens (n,), n > 0.
 
-    Windows of 60 codes: each prompt is up to 256 semantic tokens around the current place, the infer token and up
-    to 630 codes before it. In a joined group every member runs to the longest one's length, as HF does.
+    Windows of 60 codes: each prompt is up to 256 semantic tokens around the current place, the infer token
+    and up to 630 codes before it. In a joined group every member runs to the longest one's length, as HF does.
     """
     layout, books = options.layout, options.layout.n_coarse_codebooks
     ratio, rule = layout.semantic_to_coarse_ratio, coarse_rule(params, options)
@@ -70,7 +70,8 @@ def coarse(
         done += len(decoded.tokens)
     drawn = np.array(codes[len(past_coarse) :], dtype=np.int64).reshape(-1, books).T
     # HF may draw ids above the second codebook and folds them back
-    return (drawn - layout.semantic_vocab_size) % layout.codebook_size
+    result: IntArray = (drawn - layout.semantic_vocab_size) % layout.codebook_size
+    return result
 
 
 def _trim_history(history: Tokens | None, layout: Layout) -> tuple[IntArray, IntArray]:

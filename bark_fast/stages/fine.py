@@ -17,9 +17,9 @@ def fine(
 ) -> Stage[IntArray]:
     """All codes (8, frames) for coarse codes (2, frames), frames > 0.
 
-    Windows of 1,024 frames advance by 512; each predicts codebooks 2 to 7 one after the other. Up to 512 frames of
-    the voice come first; what is short of 1,024 is padded with the pad code, and predicted too, since the model
-    looks both ways. Temperature alone shapes the draw.
+    Windows of 1,024 frames advance by 512; each predicts codebooks 2 to 7 one after the other. Up to 512
+    frames of the voice come first; what is short of 1,024 is padded with the pad code, and predicted too,
+    since the model looks both ways. Temperature alone shapes the draw.
     """
     layout = options.layout
     books, pad, window, stride = (
@@ -50,4 +50,5 @@ def fine(
                 done_passes=index * (books - given) + codebook - given,
                 total_passes=passes,
             )
-    return codes[n_past : n_past + frames].T.copy()
+    result: IntArray = codes[n_past : n_past + frames].T.copy()
+    return result

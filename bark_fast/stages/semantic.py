@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bark_fast.audio import Tokens
 from bark_fast.config import Layout
 from bark_fast.sampling import SamplingParams, SamplingRule, make_rule
 from bark_fast.stages.request import Options
@@ -18,16 +19,16 @@ def semantic_rule(params: SamplingParams, options: Options) -> SamplingRule:
 
 
 def semantic(
-    text: IntArray, history: IntArray | None, params: SamplingParams, options: Options, chunk: int
+    text: IntArray, history: Tokens | None, params: SamplingParams, options: Options, chunk: int
 ) -> Stage[IntArray]:
-    """Semantic tokens (n,) for text ids (t,), t <= 256, after the semantic tokens of a voice, if any.
+    """Semantic tokens (n,) for text ids (t,), t <= 256, in the voice of `history`.
 
     The prompt is 257 positions: text padded to 256, each summed with one of the last 256 history tokens, then
     the infer token. The answer may be empty if the model ends at once.
     """
     layout, width = options.layout, options.layout.max_text_tokens
     prompt = _pad_right(text, width, layout.text_pad_token)
-    past = history[-width:] if history is not None else np.empty(0, dtype=np.int64)
+    past = history.semantic[-width:] if history is not None else np.empty(0, dtype=np.int64)
     rule = semantic_rule(params, options)
     limit = max_tokens(layout, options.max_seconds)
     decoded: Decoded = yield Decode(
@@ -45,7 +46,7 @@ def semantic(
 
 
 def max_tokens(layout: Layout, max_seconds: float | None) -> int:
-    """Tokens until `max_seconds` are passed, counted as suno counts (it stops after the token that passes them)."""
+    """Tokens until `max_seconds` are passed, counted as suno counts: the token that passes them is the last."""
     if max_seconds is None:
         return layout.max_semantic_tokens
     seconds = 0.0

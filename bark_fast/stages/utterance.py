@@ -48,13 +48,13 @@ def utterance(text: IntArray, history: Tokens | None, options: Options, chunk: i
     lap("fine")
     # in a joined batch all rows run to the longest one's length: keep this row's own frames
     tokens = Tokens(semantic_tokens, coarse_codes[:, :frames].copy(), fine_codes[:, :frames].copy())
-    samples: FloatArray = yield Vocode(tokens.fine)
+    samples: FloatArray = yield Vocode(tokens.fine, chunk)
     lap("codec")
     return Speech(samples, tokens, timings)
 
 
 def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options) -> Stage[list[Speech]]:
-    """Speak chunk after chunk in one voice: the given one, else each chunk's own tokens carry it to the next."""
+    """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next."""
     spoken: list[Speech] = []
     for index, text in enumerate(chunks):
         history = voice if voice is not None or not spoken else spoken[-1].tokens
