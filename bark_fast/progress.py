@@ -52,7 +52,8 @@ class ProgressBar:
         self.layout, self.chunks = layout, chunks
         self.fractions = [0.0] * len(chunks)
         self.latest: dict[int, Progress] = {}
-        self.stage, self.drawn, self.started = "", 0, time.perf_counter()
+        self.stage, self.drawn = "", 0
+        self.started = self.now = time.perf_counter()
         self.bar: Any = tqdm(
             total=100 * sum(chunks),
             unit="%",
@@ -66,8 +67,9 @@ class ProgressBar:
         same = before is not None and (before.stage, before.chunk) == (event.stage, event.chunk)
         start, share = _SHARES[event.stage]
         fraction = event.chunk + start + share * event.done / max(1, event.total)
-        if event.stage != self.stage:
-            self.stage, self.drawn, self.started = event.stage, 0, time.perf_counter()
+        if event.stage != self.stage:  # began where the last event ended
+            self.stage, self.drawn, self.started = event.stage, 0, self.now
+        self.now = time.perf_counter()
         self.drawn += event.done - before.done if same and before is not None else event.done
         self.latest[event.index] = event
         self.bar.set_postfix_str(self._describe(event), refresh=False)
@@ -80,7 +82,7 @@ class ProgressBar:
             text = f"text {event.index + 1}/{len(self.chunks)}, {text}"
         if sum(self.chunks) > len(self.chunks):
             text = f"chunk {event.chunk + 1}/{self.chunks[event.index]}, {text}"
-        seconds = time.perf_counter() - self.started
+        seconds = self.now - self.started
         rates = {
             "semantic": self.layout.semantic_rate_hz,
             "coarse": self.layout.coarse_rate_hz * self.layout.n_coarse_codebooks,
