@@ -9,6 +9,7 @@ import math
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -90,13 +91,13 @@ class VoiceLibrary:
 
     def get(self, name: str) -> Voice:
         """The checked voice called `name`; InvalidVoice when there is none or it is not sound."""
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or len(name) > 100 or not _NAME.fullmatch(name):
             raise InvalidVoice(
                 f"voice name is {_short(name)}; names look like 'v2/en_speaker_6'. {_HOW_TO_LIST}"
             )
         for path in self._indices:
             files = _read_index(path).get(name)
-            if files and all((path.parent / file).is_file() for file in files.values()):
+            if files and all(_is_file(path.parent / file) for file in files.values()):
                 arrays = {key: _read_npy(path.parent / files[key]) for key in KEYS}
                 return check_voice(arrays, name, self.layout)
         for prompts in self._prompt_folders:
@@ -114,7 +115,7 @@ class VoiceLibrary:
     def _local_names(self) -> Iterator[str]:
         for path in self._indices:
             for name, files in _read_index(path).items():
-                if all((path.parent / file).is_file() for file in files.values()):
+                if all(_is_file(path.parent / file) for file in files.values()):
                     yield name
         for prompts in self._prompt_folders:
             for pattern in ("*.npz", "v2/*.npz"):
@@ -194,8 +195,7 @@ def check_voice(arrays: Mapping[str, Any], name: str, layout: Layout) -> Voice:
     if not ratio_fits(coarse.shape[1], len(semantic), layout):
         raise InvalidVoice(
             f"voice {_short(name)} has {coarse.shape[1]} coarse frames to {len(semantic)} semantic tokens; "
-            f"Bark needs {round(layout.coarse_rate_hz / layout.semantic_rate_hz, 1)} to 1: take both from the "
-            f"same stretch"
+            f"Bark needs {layout.coarse_rate_hz / layout.semantic_rate_hz:.1f} to 1: take both from one stretch"
         )
     return Voice(semantic, coarse, fine, name)
 
@@ -256,10 +256,13 @@ def _read_index(path: Path) -> dict[str, dict[str, str]]:
 
 def _read_npz(path: Path, name: str, layout: Layout) -> Voice:
     if path.suffix != ".npz":
-        raise InvalidVoice(f"voice file is {path}; it must be an .npz. {_HOW_TO_LIST}")
-    path = path.expanduser()
-    if not path.is_file():
-        raise InvalidVoice(f"there is no voice file {path}; check the path, or give a name without .npz")
+        raise InvalidVoice(f"voice file is {_short(str(path))}; it must be an .npz. {_HOW_TO_LIST}")
+    with suppress(RuntimeError):  # ~nobody/: there is no such user, so the file will not be there either
+        path = path.expanduser()
+    if not _is_file(path):
+        raise InvalidVoice(
+            f"there is no voice file {_short(str(path))}; check the path, or give a name without .npz"
+        )
     arrays = {}
     try:
         with zipfile.ZipFile(path) as archive:
@@ -306,6 +309,13 @@ def _parse_npy(file: IO[bytes], size: int, where: str) -> npt.NDArray[Any]:
     if len(data) < claimed:
         raise InvalidVoice(f"{where} ends after {len(data)} of {claimed} bytes; save or download it again")
     return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran_order else "C")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, a null byte
+        return False
 
 
 def _reason(error: BaseException) -> str:
