@@ -1,0 +1,111 @@
+"""Files that are not in a local folder: the Hugging Face hub, and EnCodec's weights from their own site."""
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+import torch
+
+from bark_fast.errors import CheckpointError
+
+ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.txt", "speaker_embeddings_path.json",
+)  # fmt: skip
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
+_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_VOCABULARY_REPOS = ("suno/bark", "suno/bark-small", "bert-base-multilingual-cased",
+                     "google-bert/bert-base-multilingual-cased")  # fmt: skip
+_REMEDY = "set HTTPS_PROXY if there is a proxy, name a local folder, or try `bark-fast make-checkpoint`"
+
+
+class HubUnreachable(CheckpointError):
+    """The files are not cached here and the site that has them cannot be reached."""
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form `owner/name` of a hub id."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) is not None
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:160].rstrip('.')}" if lines else type(error).__name__
+
+
+def _translate(error: Exception, what: str) -> CheckpointError:
+    """`error` of a download as one of ours: what is wrong here or with the name, or an unreachable site."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(f"{what} needs its licence accepted on huggingface.co and `hf auth login`")
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        return CheckpointError(
+            f"{what} is not on the Hugging Face hub; published are suno/bark and suno/bark-small"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
+        return CheckpointError(f"{what} cannot be stored ({error.strerror}); set HF_HOME to a folder with room")
+    return HubUnreachable(f"{what} is not cached and the site cannot be reached ({_reason(error)}); {_REMEDY}")
+
+
+def _cached_snapshot(repo: str) -> Path | None:
+    """The hub cache's folder of `repo`, when it holds a configuration and weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=list(_SMALL_FILES), local_files_only=True))
+    except Exception:  # not cached, or only in part
+        return None
+    weights = any(any(folder.glob(pattern)) for pattern in (*_SAFETENSORS, *_BIN))
+    return folder if weights and (folder / "config.json").is_file() else None
+
+
+def fetch_repo(repo: str) -> Path:
+    """The local folder of hub model `repo`, downloaded or cached; weights as safetensors where there are any.
+
+    Never fetches suno's own .pt files nor the speaker embeddings that lie in the same repository.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        names = HfApi().list_repo_files(repo)
+        safe = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
+        patterns = [*_SMALL_FILES, *(_SAFETENSORS if safe else _BIN)]
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises its HTTP library's own errors too
+        translated = _translate(error, repo)
+        if isinstance(translated, HubUnreachable) and (folder := _cached_snapshot(repo)):
+            return folder
+        raise translated from None
+
+
+def fetch_vocabulary() -> Path:
+    """vocab.txt of Bark's tokenizer (multilingual BERT's), cached or downloaded from suno/bark."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    for repo in _VOCABULARY_REPOS:
+        cached = try_to_load_from_cache(repo, "vocab.txt")
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        return Path(hf_hub_download("suno/bark", "vocab.txt"))
+    except Exception as error:
+        raise _translate(error, "vocab.txt of suno/bark (looked for beside the model files)") from None
+
+
+def fetch_encodec(name: str) -> Path:
+    """EnCodec's weights from torch hub's cache, downloaded there when missing; the name carries the hash."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = name.removesuffix(".th").rpartition("-")[2]
+        torch.hub.download_url_to_file(ENCODEC_URL + name, str(path), hash_prefix=digest, progress=False)
+    except Exception as error:
+        what = f"{name} (looked for beside the model files and as {path}; from {ENCODEC_URL}{name})"
+        raise _translate(error, what) from None
+    return path
