@@ -79,7 +79,7 @@ class Bark:
         self.voices = VoiceLibrary(
             folder=checkpoint.folder,
             speaker_embeddings=checkpoint.speaker_embeddings,
-            hub_id=None,
+            hub_id=checkpoint.hub_id,
         )
         with torch.device("meta"):
             semantic, coarse = GPT(config.semantic), GPT(config.coarse)

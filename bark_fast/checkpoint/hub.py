@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from bark_fast.errors import CheckpointError
+from bark_fast.errors import CheckpointError, HubUnreachable
 
 ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
 _SMALL_FILES = (
@@ -20,10 +20,6 @@ _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _VOCABULARY_REPOS = ("suno/bark", "suno/bark-small", "bert-base-multilingual-cased",
                      "google-bert/bert-base-multilingual-cased")  # fmt: skip
 _REMEDY = "set HTTPS_PROXY if there is a proxy, name a local folder, or try `bark-fast make-checkpoint`"
-
-
-class HubUnreachable(CheckpointError):
-    """The files are not cached here and the site that has them cannot be reached."""
 
 
 def is_hub_id(source: str) -> bool:
