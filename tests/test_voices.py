@@ -456,7 +456,7 @@ class TestRefused:
     def test_a_header_that_claims_more_than_the_file(self, library, tmp_path):
         header = "{'descr': '<i8', 'fortran_order': False, 'shape': (8, 150), }\n"
         for size, word in (
-            (100, "claims"),
+            (100, "claims the shape"),
             (8 * 8 * 150 - 8, "cannot read"),
         ):  # the second within the header's length
             write_npz(tmp_path / "me.npz", {**arrays(), "fine_prompt": write_npy(header, bytes(size))})
