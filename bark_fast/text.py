@@ -21,10 +21,9 @@ DEFAULT_MAX_TOKENS = 48
 # No script reaches this many characters a token, unless the tokenizer gives a whole long word up as [UNK].
 MAX_CHARS_PER_TOKEN = 16
 _CLAUSE_END = re.compile(r"""[,;:…،؛)\]]+["'”’»]*(?= )|[、，；：。！？।]+|—|(?<= )[-–](?= )""")
-_SPACE_OUTSIDE_BRACKETS = re.compile(r" (?![^\[\]]{0,30}\])")
 _SPACE = re.compile(" ")
 # How to cut what is too long, best first: pattern, and how close to an end of the text a cut may lie.
-_CUTS = ((_CLAUSE_END, 0.25), (_SPACE_OUTSIDE_BRACKETS, 0.0), (_SPACE, 0.0))
+_CUTS = ((_CLAUSE_END, 0.25), (_SPACE, 0.0))
 _SCRIPTS = (
     ("ja", re.compile(r"[\u3040-\u30ff]")),
     ("ko", re.compile(r"[\uac00-\ud7af]")),

@@ -232,8 +232,8 @@ def _installed_prompts() -> list[Path]:
     except ValueError:  # a stand-in without __spec__ in sys.modules
         return []
     locations = (spec.submodule_search_locations if spec else None) or []
-    folders = [Path(location) / "assets" / "prompts" for location in locations]
-    return [folder for folder in folders if folder.is_dir()]  # PyPI's `bark` is another package without it
+    # PyPI's `bark` is another package: then there is no such folder, and nothing is found in it.
+    return [Path(location) / "assets" / "prompts" for location in locations]
 
 
 def _read_index(path: Path) -> dict[str, dict[str, str]]:
@@ -305,10 +305,7 @@ def _parse_npy(file: IO[bytes], size: int, where: str) -> npt.NDArray[Any]:
             f"{where} claims the shape {shape}, {claimed} bytes, in a file of {size}; it must fit the file and "
             f"{MAX_ARRAY_BYTES} bytes: save it again"
         )
-    data = file.read(claimed)
-    if len(data) < claimed:
-        raise InvalidVoice(f"{where} ends after {len(data)} of {claimed} bytes; save or download it again")
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran_order else "C")
+    return np.frombuffer(file.read(claimed), dtype=dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _is_file(path: Path) -> bool:

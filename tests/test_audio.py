@@ -272,7 +272,8 @@ class TestAudio:
     def test_the_notebook_player_holds_the_waveform(self):
         samples = tone()
         samples[:3] = [2, -2, np.nan]
-        html = Audio(samples, RATE)._repr_html_()
+        with np.errstate(invalid="raise"):
+            html = Audio(samples, RATE)._repr_html_()
         data = re.fullmatch(r'<audio controls src="data:audio/wav;base64,([^"]+)"></audio>', html)
         with wave.open(BytesIO(base64.b64decode(data[1]))) as file:
             assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (RATE, 1, len(samples))

@@ -104,8 +104,8 @@ class TestTokenizer:
             assert from_json.encode(text) == tokenizer.encode(text)
 
     def test_vocabulary_lines_end_at_newlines_only(self, tmp_path):
-        (tmp_path / "vocab.txt").write_bytes("[UNK]\r\na\u2028b\r\nc\r\n".encode())
-        assert Tokenizer.from_file(tmp_path / "vocab.txt").encode("c") == [2]
+        (tmp_path / "vocab.txt").write_bytes("[UNK]\r\na\u2028b\r\nd\re\r\nc\r\n".encode())
+        assert Tokenizer.from_file(tmp_path / "vocab.txt").encode("c") == [3]
 
     @pytest.mark.parametrize(
         ("name", "content"),
@@ -192,6 +192,15 @@ class TestSplitText:
         assert squeeze("".join(chunks)) == squeeze(STORY)
         assert min(len(chunk.split()) for chunk in chunks) >= 5  # halving leaves no stub of two words
 
+    def test_a_clause_end_near_the_edge_is_no_place_to_cut(self):
+        text = "Well, " + " ".join(["word"] * 30)
+        assert [len(c.split()) for c in split_text(text, lambda t: len(t.split()), max_tokens=30)] == [15, 16]
+
+    def test_the_script_tells_the_language(self):
+        text = "Он живёт на ул. Ленина там."
+        assert split_text(text, lambda t: len(t.split()), 5, language="en")[0] == "Он живёт на ул."
+        assert split_text(text, lambda t: len(t.split()), 5)[0] == "Он живёт на"
+
     def test_cuts_between_words_spare_bracketed_sounds(self):
         text = " ".join(["[clears throat]"] * 7)
         assert all(
@@ -246,6 +255,11 @@ class TestSplitText:
 
     def test_a_word_the_tokenizer_gives_up_on_is_cut_to_a_speakable_length(self, tokenizer):
         assert max(map(len, split_text("x" * 5000, tokenizer))) <= 16 * 48
+
+    def test_an_estimate_that_is_far_too_low_cannot_exceed_bark(self, tokenizer):
+        text = ("e" * 50 + " ") * 100
+        assert len(tokenizer.encode(text)) > 2000
+        assert all(len(tokenizer.encode(c)) <= 256 for c in split_text(text, max_tokens=256))
 
     def test_accents_and_joined_emoji_stay_whole(self):
         assert all(c[0] == "e" for c in split_text("e\u0301" * 50, len, max_tokens=7))

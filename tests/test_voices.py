@@ -453,6 +453,15 @@ class TestRefused:
         write_npz(tmp_path / "me.npz", {**arrays(), "semantic_prompt": content})
         refused(tmp_path / "me.npz", library, "me.npz")
 
+    def test_a_header_that_claims_more_than_the_file(self, library, tmp_path):
+        header = "{'descr': '<i8', 'fortran_order': False, 'shape': (8, 150), }\n"
+        for size, word in (
+            (100, "claims the shape"),
+            (8 * 8 * 150 - 8, "cannot read"),
+        ):  # the second within the header's length
+            write_npz(tmp_path / "me.npz", {**arrays(), "fine_prompt": write_npy(header, bytes(size))})
+            refused(tmp_path / "me.npz", library, "me.npz", word)
+
     @pytest.mark.parametrize(
         "shape", ["(1 << 40,)", "(1099511627776,)", "(8, 1099511627776)", "(10**30,)", f"({2**64 + 1},)"]
     )
