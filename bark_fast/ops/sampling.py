@@ -50,7 +50,8 @@ def _sample_suno(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_i
     if rule.greedy:
         return scores.argmax(dim=-1)
     if rule.top_p is not None:
-        ordered, order = torch.sort(scores, dim=-1, descending=True)
+        # stable: among equal logits the lowest index is likeliest to stay (suno's own sort leaves that open)
+        ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
         cumulative = F.softmax(ordered, dim=-1).cumsum(dim=-1)
         # a token goes when those before it already exceed top_p; the first always stays
         beyond = F.pad(cumulative[..., :-1] > rule.top_p, (1, 0), value=False)
