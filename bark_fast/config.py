@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from math import prod
 from typing import Literal
 
 from bark_fast.errors import InvalidInput
@@ -15,7 +15,9 @@ def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InvalidInput(f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1")
+            raise InvalidInput(
+                f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CodecConfig:
     @property
     def hop_length(self) -> int:
         """Samples per frame of codes (320)."""
-        return prod(self.upsampling_ratios)
+        return math.prod(self.upsampling_ratios)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Layout:
     @property
     def max_semantic_history(self) -> int:
         """Semantic tokens that accompany a full coarse history (209)."""
-        return int(self.max_coarse_history // self.semantic_to_coarse_ratio)
+        return math.floor(self.max_coarse_history / self.semantic_to_coarse_ratio)
 
 
 @dataclass(frozen=True)

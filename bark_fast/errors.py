@@ -29,3 +29,7 @@ class OutputError(BarkFastError, OSError):
 
 class GenerationError(BarkFastError, RuntimeError):
     """The model produced something that cannot become speech (NaN logits, no tokens at all)."""
+
+
+class HubUnreachable(CheckpointError):
+    """The model hub cannot be reached and its files are not cached."""

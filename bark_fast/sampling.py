@@ -46,10 +46,10 @@ class SamplingParams:
     min_eos_p: semantic stage only, 0 < min_eos_p <= 1: end once EOS is at least this likely; None never forces.
     """
 
-    temperature: float | None | Inherit = INHERIT
-    top_k: int | None | Inherit = INHERIT
-    top_p: float | None | Inherit = INHERIT
-    min_eos_p: float | None | Inherit = INHERIT
+    temperature: float | Inherit | None = INHERIT
+    top_k: int | Inherit | None = INHERIT
+    top_p: float | Inherit | None = INHERIT
+    min_eos_p: float | Inherit | None = INHERIT
 
     def __post_init__(self) -> None:
         if not isinstance(self.temperature, Inherit) and self.temperature is not None:
@@ -132,7 +132,9 @@ def make_rule(
     values = {f.name: getattr(params, f.name) for f in fields(params)}
     missing = [name for name, value in values.items() if isinstance(value, Inherit)]
     if missing:
-        raise InvalidInput(f"sampling parameters {', '.join(missing)} have no value; call .over(defaults) first")
+        raise InvalidInput(
+            f"sampling parameters {', '.join(missing)} have no value; call .over(defaults) first"
+        )
     return SamplingRule(
         dialect=dialect,
         windows=windows,

@@ -65,6 +65,7 @@ class Vocode:
     """Turn `codes` (codebooks, time) into a waveform: answered with (time * hop_length,) float32."""
 
     codes: IntArray
+    chunk: int = 0
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bark_fast.checkpoint import Checkpoint, HubUnreachable, load_checkpoint
+from bark_fast.checkpoint import Checkpoint, load_checkpoint
 from bark_fast.checkpoint.files import MappedPages, open_safetensors
 from bark_fast.checkpoint.hf_generation import layout_of, stage_defaults
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, Layout, published_config
-from bark_fast.errors import CheckpointError, InvalidInput
+from bark_fast.errors import CheckpointError, HubUnreachable, InvalidInput
 from bark_fast.make_checkpoint import write_checkpoint
 from bark_fast.sampling import SamplingParams, suno_defaults
 
@@ -83,7 +83,7 @@ def assert_same_weights(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def fault(folder: Path | str, **kwargs: Any) -> str:
-    """The message of the CheckpointError that loading `folder` raises: one line, without a chained traceback."""
+    """The message of the CheckpointError that loading `folder` raises: one line, no chained traceback."""
     with pytest.raises(CheckpointError) as caught:
         load(folder, **kwargs)
     message = str(caught.value)
@@ -155,6 +155,24 @@ def test_bfloat16_leaves_the_codec_in_float32(reference: Checkpoint, tiny_hf_dir
             assert torch.equal(weight, reference.weights[model][name].to(torch.bfloat16))
     assert all(weight.dtype == torch.float32 for weight in half.weights["codec"].values())
     assert torch.equal(half.weights["codec"]["codebooks"], reference.weights["codec"]["codebooks"])
+
+
+def test_weights_land_on_another_device_in_the_asked_dtype(tiny_suno_dir: Path) -> None:
+    # meta stands for an accelerator: it takes the path that converts here and copies there
+    loaded = load_checkpoint(tiny_suno_dir, device=torch.device("meta"), dtype=torch.float16)
+    for model, weights in loaded.weights.items():
+        dtype = torch.float32 if model == "codec" else torch.float16
+        assert {(w.device.type, w.dtype) for w in weights.values()} == {("meta", dtype)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gets_the_same_values(tiny_suno_dir: Path) -> None:
+    there = load_checkpoint(tiny_suno_dir, device=torch.device("cuda"), dtype=torch.bfloat16)
+    here = load(tiny_suno_dir, torch.bfloat16)
+    for model, weights in here.weights.items():
+        for name, weight in weights.items():
+            assert torch.equal(there.weights[model][name].cpu(), weight), (model, name)
 
 
 def test_weights_outlive_the_file(suno_copy: Path, reference: Checkpoint) -> None:
@@ -396,8 +414,10 @@ def test_causal_sampling_defaults_are_those_of_generate(given: dict[str, Any], w
     assert defaults.coarse == wanted
 
 
-@pytest.mark.parametrize(("given", "wanted"), [({}, 0.0), ({"temperature": None}, 0.0), ({"temperature": 1.0}, 0.0),
-                                               ({"temperature": 0.5}, 0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, 0.0), ({"temperature": None}, 0.0), ({"temperature": 1.0}, 0.0), ({"temperature": 0.5}, 0.5)],
+)
 def test_fine_temperature_of_one_is_argmax(given: dict[str, Any], wanted: float) -> None:
     defaults = stage_defaults({"fine_acoustics_config": given}, Path("generation_config.json"))
     assert defaults.fine == SamplingParams(wanted, None, None, None)
@@ -659,8 +679,8 @@ def test_hub_prefers_safetensors_and_never_takes_sunos_files(
     from bark_fast.checkpoint import hub
 
     wanted: list[str] = []
-    names = ["config.json", "pytorch_model.bin", "text.pt", "text_2.pt", "vocab.txt", "speaker_embeddings/x.npy",
-             "speaker_embeddings_path.json"]  # fmt: skip
+    names = ["config.json", "pytorch_model.bin", "text.pt", "text_2.pt", "vocab.txt"]
+    names += ["speaker_embeddings/x.npy", "speaker_embeddings_path.json"]
 
     def download(repo: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
         if local_files_only:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bark_fast.checkpoint.hf import is_complete
-from bark_fast.errors import CheckpointError
+from bark_fast.errors import CheckpointError, HubUnreachable
 
 ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
 _SMALL_FILES = (
@@ -21,10 +21,6 @@ _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _VOCABULARY_REPOS = ("suno/bark", "suno/bark-small", "bert-base-multilingual-cased",
                      "google-bert/bert-base-multilingual-cased")  # fmt: skip
 _REMEDY = "name a local folder, or write random weights with `bark-fast make-checkpoint`"
-
-
-class HubUnreachable(CheckpointError):
-    """The files are not cached here and the site that has them cannot be reached."""
 
 
 def is_hub_id(source: str) -> bool:
@@ -81,7 +77,7 @@ def _cached_snapshot(repo: str) -> Path | None:
 
 
 def fetch_repo(repo: str) -> Path:
-    """The local folder of hub model `repo`: cached, else downloaded, weights as safetensors where there are any.
+    """The local folder of hub model `repo`: cached, else downloaded; safetensors where there are any.
 
     Never fetches suno's own .pt files nor the speaker embeddings that lie in the same repository.
     """

@@ -30,7 +30,8 @@ _REMEDY = "name a folder with a Bark checkpoint, `suno`, or a hub id such as sun
 class Checkpoint:
     """A checkpoint in memory.
 
-    source: what the caller named. folder: where its files lie. format: decides the sampling dialect.
+    source: what the caller named. hub_id: the same if it is a repository. folder: where its files lie.
+    format: decides the sampling dialect.
     weights: for each model our parameter names (see `checkpoint.names`) and tensors on the asked device; the
     transformers in the asked dtype, the codec in float32 with weight norm folded and `codebooks` of shape
     (codebooks, codes, hidden). tokenizer_file: vocab.txt or tokenizer.json. speaker_embeddings:
@@ -38,6 +39,7 @@ class Checkpoint:
     """
 
     source: str
+    hub_id: str | None
     folder: Path | None
     format: Literal["suno", "hf"]
     config: BarkConfig
@@ -143,6 +145,7 @@ def load_checkpoint(
             )
     return Checkpoint(
         source=str(source),
+        hub_id=None if source == "suno" or Path(source).expanduser().exists() else str(source),
         folder=opened.folder,
         format=opened.format,
         config=opened.config,

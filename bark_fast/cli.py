@@ -1,0 +1,230 @@
+"""The command line: `bark-fast say | doctor | make-checkpoint`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bark_fast import __version__
+from bark_fast.errors import BarkFastError, HubUnreachable, InvalidInput, OutputError
+from bark_fast.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from bark_fast.pipeline import Bark
+
+DEFAULT_MODEL = "suno/bark-small"
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line on stderr and a non-zero exit for every error."""
+    try:
+        status = cli.main(args=arguments, prog_name="bark-fast", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("\nbark-fast: interrupted; nothing was written", err=True)
+        status = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except BarkFastError as error:
+        click.echo(f"bark-fast: {error}", err=True)
+        status = 1
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bark-fast")
+def cli() -> None:
+    """Fast, exact inference for Bark, suno's text-to-speech model."""
+
+
+@cli.command()
+@click.argument("text", required=False)
+@click.option(
+    "-f",
+    "--file",
+    "text_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Read the text from this file ('-' is stdin).",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("out.wav"),
+    show_default=True,
+    help="Audio file: .wav, .flac, .ogg or .mp3.",
+)
+@click.option("-m", "--model", help=f"Checkpoint folder or hub id.  [default: {DEFAULT_MODEL}]")
+@click.option("-v", "--voice", help="Preset name (v2/en_speaker_6) or .npz file.")
+@click.option("--seed", type=int, help="Same seed, same speech.  [default: a fresh one]")
+@click.option(
+    "--rng",
+    type=click.Choice(["philox", "torch"]),
+    default="philox",
+    show_default=True,
+    help="torch: draw exactly as suno and Hugging Face do.",
+)
+@click.option(
+    "--dialect", type=click.Choice(["suno", "hf"]), help="Order of sampling steps.  [default: the checkpoint's]"
+)
+@click.option("--temperature", type=float, help="Semantic and coarse temperature; 0 is greedy.")
+@click.option("--fine-temperature", type=float, help="Fine temperature; 0 is argmax.")
+@click.option("--top-k", type=int, help="Keep the k likeliest semantic and coarse tokens.")
+@click.option(
+    "--top-p", type=float, help="Keep the likeliest semantic and coarse tokens up to this probability."
+)
+@click.option("--min-eos-p", type=float, help="End once the end token is this likely.")
+@click.option("--max-seconds", type=float, help="Stop each chunk of speech at this length.")
+@click.option("--long-form", is_flag=True, help="Split long texts at sentences.")
+@click.option(
+    "--tokens",
+    "tokens_file",
+    type=click.Path(path_type=Path),
+    help="Write the tokens (.npz, usable as a voice).",
+)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar, no summary.")
+def say(text: str | None, text_file: Path | None, output: Path, model: str | None, voice: str | None,
+        tokens_file: Path | None, quiet: bool, **options: Any) -> None:  # fmt: skip
+    """Speak TEXT (or a file, or stdin) into an audio file."""
+    from bark_fast.audio import check_audio_path, check_writable
+
+    words = _read_text(text, text_file)
+    # minutes of work must not end in a path that cannot be written
+    check_audio_path(output)
+    if tokens_file is not None:
+        check_writable(tokens_file)
+    bark, load_seconds = _load(model, options, quiet)
+    started = time.perf_counter()
+    audio = bark.generate(words, voice=voice, progress=not quiet, **_generate_options(options))
+    seconds = time.perf_counter() - started
+    audio.save(output)
+    if tokens_file is not None:
+        audio.save_voice(tokens_file)
+    if not quiet:
+        stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
+        click.echo(
+            f"{output}: {audio.duration:.1f} s of audio in {seconds:.1f} s "
+            f"(real-time factor {seconds / audio.duration:.2f}; {stages}; loading {load_seconds:.1f})",
+            err=True,
+        )
+
+
+@cli.command()
+def doctor() -> None:
+    """Print versions, device, and which backends are in use and why others are not."""
+    import platform
+
+    import torch
+
+    from bark_fast.backends import backends, installed_version
+
+    click.echo(f"bark_fast     {__version__}")
+    click.echo(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "numpy", "safetensors", "tokenizers", "huggingface-hub", "soundfile"):
+        click.echo(f"{package:<13} {installed_version(package) or 'not installed'}")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            click.echo(
+                f"device        cuda:{index} {properties.name}, compute capability "
+                f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+            )
+    else:
+        click.echo(f"device        cpu, {torch.get_num_threads()} threads; no CUDA GPU is visible to torch")
+    for backend in backends():
+        click.echo(f"backend       {backend.name}: {'in use' if backend.active else 'off'}, {backend.reason}")
+
+
+@cli.command("make-checkpoint")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--size", type=click.Choice(["tiny", "small", "large"]), default="tiny", show_default=True)
+@click.option("--format", "layout", type=click.Choice(["suno", "hf"]), default="hf", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def make_checkpoint_command(folder: Path, size: Any, layout: Any, seed: int, quiet: bool) -> None:
+    """Write a complete checkpoint of random weights into FOLDER: it speaks noise."""
+    from bark_fast.make_checkpoint import make_checkpoint
+
+    written = make_checkpoint(folder, size=size, format=layout, seed=seed, progress=not quiet)
+    click.echo(f"{written}: random weights ({size}, {layout} format); what they speak is noise")
+
+
+def _read_text(text: str | None, text_file: Path | None) -> str:
+    if text is not None and text_file is not None:
+        raise InvalidInput("both a text and --file were given; give one of them")
+    if text_file is not None and str(text_file) != "-":
+        try:
+            return text_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise InvalidInput(f"cannot read {text_file}: {reason}; give a readable UTF-8 file") from None
+    if text is None and text_file is None and sys.stdin.isatty():
+        raise InvalidInput("no text was given; pass it as an argument, with --file, or on stdin")
+    if text is None or text == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError:
+            raise InvalidInput("stdin is not UTF-8 text; convert it first (iconv -t utf-8)") from None
+    return text
+
+
+def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark, float]:
+    """The model asked for; without one suno/bark-small, and where no hub can be reached noise, said plainly."""
+    from bark_fast.pipeline import Bark
+
+    started = time.perf_counter()
+    loading = {name: options.pop(name) for name in ("device", "dtype", "dialect")} | {"progress": not quiet}
+    try:
+        bark = Bark.from_pretrained(model or DEFAULT_MODEL, **loading)
+    except HubUnreachable as error:
+        if model is not None:
+            raise
+        folder = _noise_checkpoint(quiet)
+        click.echo(
+            f"bark-fast: {error}\nbark-fast: using random weights from {folder} instead: WHAT YOU WILL HEAR "
+            f"IS NOISE, not speech, until you give real weights with --model",
+            err=True,
+        )
+        bark = Bark.from_pretrained(folder, **loading)
+    return bark, time.perf_counter() - started
+
+
+def _noise_checkpoint(quiet: bool) -> Path:
+    """A tiny random checkpoint in the user's cache, made when it is not there yet."""
+    from bark_fast.make_checkpoint import make_checkpoint
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bark_fast"
+    folder = cache / f"random-tiny-{__version__}"
+    if not folder.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot make {cache} ({error.strerror}); set XDG_CACHE_HOME to a writable folder, or give "
+                f"--model"
+            ) from None
+        make_checkpoint(folder, size="tiny", format="hf", seed=0, progress=not quiet)
+    return folder
+
+
+def _generate_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `Bark.generate` from the command's options; what was not given is left out."""
+    names = ("temperature", "top_k", "top_p")
+    drawn = {name: options.pop(name) for name in names}
+    drawn = {name: value for name, value in drawn.items() if value is not None}
+    min_eos_p, fine_temperature = options.pop("min_eos_p"), options.pop("fine_temperature")
+    semantic = dict(drawn) if min_eos_p is None else drawn | {"min_eos_p": min_eos_p}
+    fine = {} if fine_temperature is None else {"temperature": fine_temperature}
+    return options | {
+        "semantic": SamplingParams(**semantic),
+        "coarse": SamplingParams(**drawn),
+        "fine": SamplingParams(**fine),
+    }

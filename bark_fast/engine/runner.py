@@ -1,0 +1,132 @@
+"""How one batch of steps is carried out: the protocol, and the eager runner (any device; the oracle)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bark_fast.engine.kv_cache import KVCache
+from bark_fast.engine.sequence import Sequence
+from bark_fast.errors import GenerationError
+from bark_fast.modules.codec import Codec
+from bark_fast.modules.fine import FineGPT
+from bark_fast.modules.gpt import GPT, Segment
+from bark_fast.ops.noise import NoiseSource
+from bark_fast.ops.sampling import INVALID_TOKEN, sample, sample_codes
+from bark_fast.work import FinePass, FloatArray, IntArray, Vocode
+
+SEMANTIC_STREAM, COARSE_STREAM, FINE_STREAM = 0, 1, 16
+"""Noise streams: one a stage, and for the fine stage one a codebook, FINE_STREAM + codebook."""
+
+
+class Runner(Protocol):
+    """Executes one batch of work on one model."""
+
+    def open(self, model: str, noise: NoiseSource) -> Sequence:
+        """A new, empty sequence in `model`."""
+        ...
+
+    def close(self, model: str, sequence: Sequence) -> None:
+        """Give back what the sequence holds."""
+        ...
+
+    def step(self, model: str, sequences: Items[Sequence]) -> list[int]:
+        """Feed each sequence what it must be fed; return one drawn token each, or `INVALID_TOKEN`."""
+        ...
+
+    def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
+        """Predict one codebook of each window; all passes name the same codebook."""
+        ...
+
+    def vocode(self, work: Vocode) -> FloatArray:
+        """Samples (time * hop_length,)."""
+        ...
+
+
+class EagerRunner:
+    """Plain PyTorch, one operation at a time, on any device."""
+
+    def __init__(self, semantic: GPT, coarse: GPT, fine: FineGPT, codec: Codec) -> None:
+        self.models = {"semantic": semantic, "coarse": coarse}
+        self.fine_model, self.codec = fine, codec
+        self.device, self.dtype = semantic.wte.weight.device, semantic.wte.weight.dtype
+        self._spare: dict[str, list[KVCache]] = {"semantic": [], "coarse": []}
+
+    def open(self, model: str, noise: NoiseSource) -> Sequence:
+        stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
+        spare = self._spare[model]
+        cache = spare.pop() if spare else KVCache(self.models[model].config, self.device, self.dtype)
+        return Sequence(cache, noise, stream)
+
+    def close(self, model: str, sequence: Sequence) -> None:
+        self._spare[model].append(sequence.cache)
+
+    @torch.inference_mode()
+    def step(self, model: str, sequences: Items[Sequence]) -> list[int]:
+        gpt = self.models[model]
+        ids: list[int] = []
+        positions: list[int] = []
+        merged: list[tuple[int, Tensor]] = []
+        segments: list[Segment] = []
+        for seq in sequences:
+            start, length = len(ids), seq.cache.length
+            ids += seq.feed
+            positions += range(length, length + len(seq.feed))
+            segments.append(Segment(start, len(ids), seq.cache))
+            if seq.merged is not None and length == 0:
+                merged.append((start, self._tensor(seq.merged)))
+        x = gpt.embed(torch.tensor(ids, device=self.device), merged)
+        hidden = gpt(x, torch.tensor(positions, device=self.device), segments)
+        last = hidden[[part.stop - 1 for part in segments]]
+        return self._draw(gpt, last, sequences)
+
+    def _draw(self, gpt: GPT, hidden: Tensor, sequences: Items[Sequence]) -> list[int]:
+        """One token a row. Rows that draw from the same window share one pass of the head."""
+        by_window: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, seq in enumerate(sequences):
+            by_window[seq.work.rule.window(seq.step)].append(row)
+        tokens = [INVALID_TOKEN] * len(sequences)
+        for (low, high), rows in by_window.items():
+            logits = gpt.logits(hidden if len(rows) == len(sequences) else hidden[rows], low, high)
+            drawn = []
+            for row, scores in zip(rows, logits, strict=True):
+                seq = sequences[row]
+                rule, eos = seq.work.rule, seq.work.rule.eos_token
+                noise = None if rule.greedy else seq.noise.token(rule, seq.work.chunk, seq.stream, seq.step)
+                drawn.append(sample(scores[None], noise, rule, None if eos is None else eos - low))
+            for row, token in zip(rows, torch.cat(drawn).tolist(), strict=True):
+                tokens[row] = token if token == INVALID_TOKEN else token + low
+        return tokens
+
+    @torch.inference_mode()
+    def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
+        codebook = passes[0].codebook
+        codes = self._tensor(np.stack([work.codes for work in passes]))
+        hidden = self.fine_model(codes, codebook)
+        results = []
+        for work, rows, source in zip(passes, hidden, noise, strict=True):
+            logits = self.fine_model.logits(rows[work.start :], codebook, work.codebook_size)
+            drawn = None
+            if work.temperature > 0:
+                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape)
+            result: IntArray = sample_codes(logits, drawn, work.temperature).cpu().numpy()
+            if (result == INVALID_TOKEN).any():
+                raise GenerationError(
+                    f"fine produced logits that are NaN or infinite for codebook {codebook}; "
+                    f"check the checkpoint, or use dtype float32 or bfloat16"
+                )
+            results.append(result)
+        return results
+
+    @torch.inference_mode()
+    def vocode(self, work: Vocode) -> FloatArray:
+        samples: FloatArray = self.codec(self._tensor(work.codes)).float().cpu().numpy()
+        return samples
+
+    def _tensor(self, array: IntArray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

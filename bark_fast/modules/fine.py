@@ -1,0 +1,57 @@
+"""The non-causal transformer of Bark's fine stage: one codebook predicted from the sum of those before it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bark_fast.config import FineConfig
+from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
+from bark_fast.ops import reference as ops
+
+
+class FineGPT(nn.Module):
+    """Bark's fine model. Source of the architecture: suno `bark/model_fine.py`.
+
+    LayerNorms have biases whatever `config.bias` says, as in suno's and Hugging Face's code.
+    """
+
+    def __init__(self, config: FineConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wtes = nn.ModuleList(
+            Embedding(config.input_vocab_size, config.n_embd) for _ in range(config.n_codes_total)
+        )
+        self.wpe = Embedding(config.block_size, config.n_embd)
+        self.layers = nn.ModuleList(Layer(config, norm_bias=True) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, bias=True)
+        self.heads = nn.ModuleList(
+            Linear(config.n_embd, config.output_vocab_size, bias=False)
+            for _ in range(config.n_codes_given, config.n_codes_total)
+        )
+
+    def forward(self, codes: Tensor, codebook: int) -> Tensor:
+        """Hidden states (batch, time, n_embd) for predicting `codebook`, before the final norm.
+
+        codes: (batch, time, n_codes_total); codebooks 0..codebook are embedded and summed, the predicted one
+        included: it holds the pad code, or an earlier window's prediction.
+        """
+        x: Tensor = self.wtes[0](codes[..., 0])
+        for index in range(1, codebook + 1):
+            x = x + self.wtes[index](codes[..., index])
+        x = x + self.wpe.weight[: codes.shape[1]]
+        for layer in self.layers:
+            x = layer(x, self._attend)
+        return x
+
+    def logits(self, hidden: Tensor, codebook: int, codebook_size: int) -> Tensor:
+        """Logits (..., codebook_size) of `codebook` for hidden states (..., n_embd)."""
+        head = self.heads[codebook - self.config.n_codes_given]
+        weight: Tensor = head.get_parameter("weight")
+        return ops.linear(self.ln_f(hidden), weight[:codebook_size])
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        batch, time, _ = qkv.shape
+        heads, head_dim = self.config.n_head, self.config.head_dim
+        query, key, value = qkv.view(batch, time, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+        seen = ops.attention(query, key, value, causal=False)
+        return seen.transpose(1, 2).reshape(batch, time, heads * head_dim)

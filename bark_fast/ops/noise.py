@@ -1,0 +1,127 @@
+"""Noise for sampling: Exp(1) variates q, so that argmax(p / q) draws a token with probability p.
+
+`TorchNoise` consumes a torch generator exactly as suno's and Hugging Face's `torch.multinomial` calls do.
+`PhiloxNoise` is counter-based: a draw depends on (seed, chunk, stream, step, row) only, not on what was
+drawn before, what else is in the batch, or the device.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bark_fast.errors import InvalidInput
+from bark_fast.sampling import Dialect, SamplingRule
+
+SEED_BOUND = 2**64
+
+
+class NoiseSource(Protocol):
+    """Where one utterance's randomness comes from. Streams number the stages, steps the draws within one."""
+
+    def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
+        """Exp(1) noise (high - low,) for the rows of `rule.window(step)`."""
+        ...
+
+    def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
+        """Exp(1) noise (rows, width) for `rows` consecutive draws from `width` codes each."""
+        ...
+
+    def skip(self, rule: SamplingRule, steps: int) -> None:
+        """Pass over the noise of `steps` tokens (others of the same Hugging Face batch still drew)."""
+        ...
+
+
+class TorchNoise:
+    """Noise from a torch generator, in the very calls the peer makes.
+
+    generator: None is torch's global generator of `device`. batch, row: this utterance is row `row` of a
+    Hugging Face batch of `batch` texts, which share one generator: each row replays all rows' draws and
+    keeps its own. suno has no batches.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator | None,
+        device: torch.device,
+        dialect: Dialect,
+        batch: int = 1,
+        row: int = 0,
+    ) -> None:
+        self.generator, self.device, self.dialect, self.batch, self.row = generator, device, dialect, batch, row
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device).exponential_(generator=self.generator)
+
+    def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
+        low, high = rule.window(step)
+        if self.dialect == "suno":
+            return self._draw(high - low)
+        return self._draw(self.batch, rule.vocab_size)[self.row, low:high]
+
+    def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
+        if self.dialect == "suno":
+            return torch.stack([self._draw(width) for _ in range(rows)])
+        return self._draw(self.batch * rows, width)[self.row * rows : (self.row + 1) * rows]
+
+    def skip(self, rule: SamplingRule, steps: int) -> None:
+        for _ in range(steps):
+            self._draw(self.batch, rule.vocab_size)
+
+
+class PhiloxNoise:
+    """Noise from Philox4x32-10, keyed by a 64-bit seed.
+
+    Row j of a draw is lane j % 4 of the block at counter (j // 4, step, stream, chunk); a 32-bit word x becomes
+    u = (x // 512 + 1/2) / 2^23, exact in fp32 and inside (0, 1), and q = -log(u).
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEED_BOUND:
+            raise InvalidInput(f"seed is {seed!r}; it must be an integer from 0 to 2**64 - 1")
+        self.seed, self.device = seed, device
+
+    def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
+        low, high = rule.window(step)
+        return self.codes(chunk, stream, step, 1, high - low)[0]
+
+    def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
+        blocks = (width + 3) // 4
+        block = torch.arange(blocks, device=self.device).expand(rows, blocks)
+        step = torch.arange(first_step, first_step + rows, device=self.device)[:, None].expand(rows, blocks)
+        fixed = torch.tensor([stream, chunk], device=self.device)
+        words = philox4x32(
+            (block, step, fixed[0].expand(rows, blocks), fixed[1].expand(rows, blocks)), self.seed
+        )
+        bits = torch.stack(words, dim=-1).reshape(rows, 4 * blocks)[:, :width]
+        return -torch.log(((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23)
+
+    def skip(self, rule: SamplingRule, steps: int) -> None:
+        pass
+
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words per 128-bit counter, as int64 in [0, 2^32).
+
+    counter: four int64 tensors of one shape, words in [0, 2^32), lowest first. seed: 64-bit key.
+    """
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _MASK, seed >> 32
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, which leaves both 32-bit halves right
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ key0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ key1,
+            product0 & _MASK,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3

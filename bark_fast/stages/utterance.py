@@ -1,0 +1,62 @@
+"""One utterance from text ids to speech: semantic, coarse, fine, codec, joined by `yield from`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bark_fast.audio import Tokens
+from bark_fast.errors import GenerationError
+from bark_fast.stages.coarse import coarse, frames_for
+from bark_fast.stages.fine import fine
+from bark_fast.stages.request import Options
+from bark_fast.stages.semantic import semantic
+from bark_fast.work import FloatArray, IntArray, Stage, Vocode
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Samples (n,), the tokens they were made from, and wall seconds by stage (waiting for others included)."""
+
+    samples: FloatArray
+    tokens: Tokens
+    timings: dict[str, float]
+
+
+def utterance(text: IntArray, history: Tokens | None, options: Options, chunk: int = 0) -> Stage[Speech]:
+    """Speak text ids (t,), t <= 256, in the voice of `history`."""
+    timings: dict[str, float] = {}
+    clock = time.perf_counter()
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        timings[stage], clock = now - clock, now
+
+    semantic_tokens = yield from semantic(text, history, options.sampling.semantic, options, chunk)
+    lap("semantic")
+    frames = frames_for(len(semantic_tokens), options.layout, options.dialect)
+    if frames == 0:
+        raise GenerationError(
+            f"the model ended after {len(semantic_tokens)} semantic tokens, too few for one frame of audio; "
+            f"try another seed, a higher min_eos_p or more max_seconds"
+        )
+    coarse_codes = yield from coarse(semantic_tokens, history, options.sampling.coarse, options, chunk)
+    lap("coarse")
+    fine_codes = yield from fine(coarse_codes, history, options.sampling.fine, options, chunk)
+    lap("fine")
+    # in a joined batch all rows run to the longest one's length: keep this row's own frames
+    tokens = Tokens(semantic_tokens, coarse_codes[:, :frames].copy(), fine_codes[:, :frames].copy())
+    samples: FloatArray = yield Vocode(tokens.fine, chunk)
+    lap("codec")
+    return Speech(samples, tokens, timings)
+
+
+def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options) -> Stage[list[Speech]]:
+    """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next."""
+    spoken: list[Speech] = []
+    for index, text in enumerate(chunks):
+        history = voice if voice is not None or not spoken else spoken[-1].tokens
+        spoken.append((yield from utterance(text, history, options, index)))
+    return spoken
