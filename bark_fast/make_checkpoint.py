@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from bark_fast.checkpoint.names import Shape, hf_name, suno_name, tied
+from bark_fast.checkpoint.names import Shape, gpt_shapes, hf_name, suno_name, tied
 from bark_fast.checkpoint.random_weights import codec_weights, gpt_names, gpt_weight
 from bark_fast.checkpoint.suno import ENCODEC_FILE, LARGE_FILES, SMALL_FILES
 from bark_fast.checkpoint.wordpiece import tokenizer_files, vocabulary
@@ -128,24 +128,28 @@ def _gpt_weights(
 
 
 def _write_suno(folder: Path, config: BarkConfig, seed: int, report: Report, large: bool) -> None:
-    for model, file_name in (LARGE_FILES if large else SMALL_FILES).items():
-        gpt: GPTConfig = getattr(config, model)
-        weights = dict(_gpt_weights(config, model, seed, report))
-        if isinstance(gpt, FineConfig):  # tied: two names for one tensor
-            for k in range(gpt.n_codes_total - gpt.n_codes_given):
-                weights[f"heads.{k}.weight"] = weights[tied(f"heads.{k}.weight") or ""]
-        args: dict[str, Any] = {
-            "n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size,
-            "bias": gpt.bias, "dropout": 0.0,
-            "input_vocab_size": gpt.input_vocab_size, "output_vocab_size": gpt.output_vocab_size,
-        }  # fmt: skip
-        if isinstance(gpt, FineConfig):
-            args |= {"n_codes_total": gpt.n_codes_total, "n_codes_given": gpt.n_codes_given}
-        state = {suno_name(name): weight for name, weight in weights.items()}
-        # suno's loader calls .item() on the loss
-        torch.save({"model": state, "model_args": args, "best_val_loss": torch.tensor(0.0)}, folder / file_name)
+    for model, name in (LARGE_FILES if large else SMALL_FILES).items():
+        _write_suno_model(folder / name, config, model, seed, report)  # one model in memory at a time
     torch.save(dict(codec_weights(seed, config.codec, hf=False)), folder / ENCODEC_FILE)
     _write_text(folder / "vocab.txt", "\n".join(vocabulary()) + "\n")
+
+
+def _write_suno_model(path: Path, config: BarkConfig, model: ModelName, seed: int, report: Report) -> None:
+    gpt: GPTConfig = getattr(config, model)
+    weights = dict(_gpt_weights(config, model, seed, report))
+    for name in gpt_shapes(gpt):
+        if embedding := tied(name):
+            weights[name] = weights[embedding]  # two names for one tensor
+    args: dict[str, Any] = {
+        "n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size,
+        "bias": gpt.bias, "dropout": 0.0,
+        "input_vocab_size": gpt.input_vocab_size, "output_vocab_size": gpt.output_vocab_size,
+    }  # fmt: skip
+    if isinstance(gpt, FineConfig):
+        args |= {"n_codes_total": gpt.n_codes_total, "n_codes_given": gpt.n_codes_given}
+    state = {suno_name(name): weight for name, weight in weights.items()}
+    # suno's loader calls .item() on the loss
+    torch.save({"model": state, "model_args": args, "best_val_loss": torch.tensor(0.0)}, path)
 
 
 def _write_text(path: Path, text: str) -> None:

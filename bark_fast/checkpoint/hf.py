@@ -38,6 +38,16 @@ def holds_hf_weights(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any((folder / name).is_file() for name in _WEIGHTS)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether every file of a download is in `folder`, so that the hub need not be asked."""
+    try:
+        weight_files(folder)
+        _tokenizer_file(folder)
+    except CheckpointError:
+        return False
+    return all((folder / name).is_file() for name in ("config.json", "generation_config.json"))
+
+
 def section(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     """The object under `name`, empty when missing or null."""
     value = content.get(name)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from bark_fast.checkpoint.hf import is_complete
 from bark_fast.errors import CheckpointError, HubUnreachable
 
 ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
@@ -19,7 +20,7 @@ _SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 _VOCABULARY_REPOS = ("suno/bark", "suno/bark-small", "bert-base-multilingual-cased",
                      "google-bert/bert-base-multilingual-cased")  # fmt: skip
-_REMEDY = "set HTTPS_PROXY if there is a proxy, name a local folder, or try `bark-fast make-checkpoint`"
+_REMEDY = "name a local folder, or write random weights with `bark-fast make-checkpoint`"
 
 
 def is_hub_id(source: str) -> bool:
@@ -34,8 +35,15 @@ def _reason(error: BaseException) -> str:
 
 def _translate(error: Exception, what: str) -> CheckpointError:
     """`error` of a download as one of ours: what is wrong here or with the name, or an unreachable site."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
+    if isinstance(error, OfflineModeIsEnabled):
+        return HubUnreachable(f"{what} is not cached and HF_HUB_OFFLINE is set; unset it, {_REMEDY}")
     if isinstance(error, GatedRepoError):
         return CheckpointError(f"{what} needs its licence accepted on huggingface.co and `hf auth login`")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
@@ -44,38 +52,46 @@ def _translate(error: Exception, what: str) -> CheckpointError:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
         return CheckpointError(f"{what} cannot be stored ({error.strerror}); set HF_HOME to a folder with room")
-    return HubUnreachable(f"{what} is not cached and the site cannot be reached ({_reason(error)}); {_REMEDY}")
+    return HubUnreachable(
+        f"{what} is not cached and the site cannot be reached ({_reason(error)}); "
+        f"set HTTPS_PROXY if there is a proxy, {_REMEDY}"
+    )
+
+
+def _file_names(repo: str) -> list[str]:
+    """Files of hub model `repo`, in one request: the client's downloads retry for half a minute."""
+    from huggingface_hub import HfApi
+
+    return [sibling.rfilename for sibling in HfApi().model_info(repo, timeout=15).siblings or []]
 
 
 def _cached_snapshot(repo: str) -> Path | None:
-    """The hub cache's folder of `repo`, when it holds a configuration and weights."""
+    """The hub cache's folder of `repo`, when everything needed is in it."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=list(_SMALL_FILES), local_files_only=True))
-    except Exception:  # not cached, or only in part
+        folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
+    except Exception:  # not cached, or not even the configuration
         return None
-    weights = any(any(folder.glob(pattern)) for pattern in (*_SAFETENSORS, *_BIN))
-    return folder if weights and (folder / "config.json").is_file() else None
+    return folder if is_complete(folder) else None
 
 
 def fetch_repo(repo: str) -> Path:
-    """The local folder of hub model `repo`, downloaded or cached; weights as safetensors where there are any.
+    """The local folder of hub model `repo`: cached, else downloaded; safetensors where there are any.
 
     Never fetches suno's own .pt files nor the speaker embeddings that lie in the same repository.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
-        names = HfApi().list_repo_files(repo)
+        if folder := _cached_snapshot(repo):
+            return folder
+        names = _file_names(repo)
         safe = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
         patterns = [*_SMALL_FILES, *(_SAFETENSORS if safe else _BIN)]
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its HTTP library's own errors too
-        translated = _translate(error, repo)
-        if isinstance(translated, HubUnreachable) and (folder := _cached_snapshot(repo)):
-            return folder
-        raise translated from None
+        raise _translate(error, repo) from None
 
 
 def fetch_vocabulary() -> Path:
@@ -87,9 +103,11 @@ def fetch_vocabulary() -> Path:
         if isinstance(cached, str):
             return Path(cached)
     try:
+        _file_names("suno/bark")
         return Path(hf_hub_download("suno/bark", "vocab.txt"))
     except Exception as error:
-        raise _translate(error, "vocab.txt of suno/bark (looked for beside the model files)") from None
+        what = "vocab.txt (looked for beside the model files; from huggingface.co/suno/bark)"
+        raise _translate(error, what) from None
 
 
 def fetch_encodec(name: str) -> Path:

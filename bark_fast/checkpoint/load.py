@@ -145,7 +145,7 @@ def load_checkpoint(
             )
     return Checkpoint(
         source=str(source),
-        hub_id=None if Path(source).exists() or source == "suno" else str(source),
+        hub_id=None if source == "suno" or Path(source).expanduser().exists() else str(source),
         folder=opened.folder,
         format=opened.format,
         config=opened.config,

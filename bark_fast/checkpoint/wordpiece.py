@@ -9,7 +9,7 @@ _UNUSED = 99  # as in BERT's own file, so that [UNK], [CLS] and the rest keep th
 _SPECIAL = ("[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _RANGES = (
     (0x00A1, 0x017F),  # Latin-1 signs and letters, Latin Extended-A: western, Polish, Turkish
-    (0x0410, 0x0451),  # Cyrillic
+    (0x0401, 0x045F),  # Cyrillic
     (0x0901, 0x0939),  # Devanagari letters
     (0x093E, 0x094D),  # Devanagari vowel signs
     (0x0966, 0x096F),  # Devanagari digits
