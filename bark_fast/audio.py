@@ -107,6 +107,17 @@ def check_audio_path(path: str | Path, subtype: str | None = None) -> None:
     check_writable(path)
 
 
+def check_voice_path(path: str | Path) -> None:
+    """`check_writable`, and that `path` ends as voices must."""
+    _require_npz(path)
+    check_writable(path)
+
+
+def _require_npz(path: str | Path) -> None:
+    if Path(path).suffix != ".npz":
+        raise OutputError(f"cannot write {path}: suno's bark reads voices from .npz files; end it in .npz")
+
+
 def _encoding(path: Path, subtype: str | None) -> tuple[str, str]:
     """libsndfile's (format, subtype) for `path`."""
     suffix = path.suffix.lower()
@@ -154,8 +165,7 @@ class Tokens:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with the keys of suno's `save_as_prompt`; OutputError when that cannot be done."""
-        if Path(path).suffix != ".npz":
-            raise OutputError(f"cannot write {path}: suno's bark reads voices from .npz files; end it in .npz")
+        _require_npz(path)
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, semantic_prompt=self.semantic, coarse_prompt=self.coarse, fine_prompt=self.fine)
 

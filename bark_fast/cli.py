@@ -94,20 +94,20 @@ def cli() -> None:
 def say(text: str | None, text_file: Path | None, output: Path, model: str | None, voice: str | None,
         tokens_file: Path | None, quiet: bool, **options: Any) -> None:  # fmt: skip
     """Speak TEXT (or a file, or stdin) into an audio file."""
-    from bark_fast.audio import check_audio_path, check_writable
+    from bark_fast.audio import check_audio_path, check_voice_path
 
     words = _read_text(text, text_file)
     # minutes of work must not end in a path that cannot be written
     check_audio_path(output)
     if tokens_file is not None:
-        check_writable(tokens_file)
+        check_voice_path(tokens_file)
     bark, load_seconds = _load(model, options, quiet)
     started = time.perf_counter()
     audio = bark.generate(words, voice=voice, progress=not quiet, **_generate_options(options))
     seconds = time.perf_counter() - started
     audio.save(output)
-    if tokens_file is not None:
-        audio.save_voice(tokens_file)
+    if tokens_file is not None and audio.tokens is not None:
+        audio.tokens.save(tokens_file)
     if not quiet:
         stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
         click.echo(
@@ -228,3 +228,7 @@ def _generate_options(options: dict[str, Any]) -> dict[str, Any]:
         "coarse": SamplingParams(**drawn),
         "fine": SamplingParams(**fine),
     }
+
+
+if __name__ == "__main__":
+    main()

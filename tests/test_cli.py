@@ -1,0 +1,230 @@
+"""The command line as a person meets it: real processes, real files, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from bark_fast.voices import VoiceLibrary, load_voice
+
+COMMAND = [sys.executable, "-m", "bark_fast.cli"]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Offline, with a cache of its own."""
+    return os.environ | {
+        "XDG_CACHE_HOME": str(cache), "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run `bark-fast` in an empty folder; returns the finished process."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def call(*arguments, stdin=None):
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            cwd=work, env=environment(tmp_path / "cache"), input=stdin, capture_output=True, text=True,
+            timeout=120,
+        )  # fmt: skip
+
+    call.folder = work
+    return call
+
+
+@pytest.fixture
+def say(run, tiny_suno_dir):
+    """`bark-fast say` with the tiny model and half a second of speech."""
+
+    def call(*arguments, stdin=None):
+        return run(
+            "say", "--model", tiny_suno_dir, "--max-seconds", "0.5", "--seed", "1", *arguments, stdin=stdin
+        )
+
+    call.folder = run.folder
+    return call
+
+
+def assert_one_line_error(done, *words):
+    """Exit 1 with one line that starts with the program's name and holds `words`; no traceback."""
+    assert done.returncode == 1, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("bark-fast: ")
+    for word in words:
+        assert str(word) in lines[0]
+
+
+class TestSay:
+    def test_it_writes_audio_and_tokens_and_says_so(self, say):
+        done = say("Hello there.", "-o", "hello.wav", "--tokens", "hello.npz")
+        assert done.returncode == 0, done.stderr
+        info = soundfile.info(say.folder / "hello.wav")
+        assert (info.samplerate, info.channels) == (24_000, 1)
+        assert 0.4 < info.duration < 0.6
+        assert "hello.wav: 0.5 s of audio" in done.stderr
+        assert "real-time factor" in done.stderr
+        voice = load_voice(say.folder / "hello.npz", VoiceLibrary())
+        assert voice.fine.shape[1] * 320 == info.frames
+
+    def test_quiet_is_quiet(self, say):
+        done = say("Hello there.", "-o", "hello.flac", "--quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert soundfile.info(say.folder / "hello.flac").frames > 0
+
+    def test_text_comes_from_argument_file_or_stdin_alike(self, say):
+        (say.folder / "text.txt").write_text("Hello there.\n", encoding="utf-8")
+        say("Hello there.", "-o", "a.wav", "-q")
+        say("--file", "text.txt", "-o", "b.wav", "-q")
+        say("-o", "c.wav", "-q", stdin="Hello there.\n")
+        say("-", "-o", "d.wav", "-q", stdin="Hello there.\n")
+        a, *others = ((say.folder / f"{name}.wav").read_bytes() for name in "abcd")
+        assert all(other == a for other in others)
+
+    def test_options_reach_the_model(self, say):
+        names = ["plain", "seed", "temperature", "top_k", "top_p", "fine", "rng", "voice"]
+        extra = [
+            [], ["--seed", "2"], ["--temperature", "0"], ["--top-k", "2"], ["--top-p", "0.2"],
+            ["--fine-temperature", "0"], ["--rng", "torch"], ["--voice", "plain.npz"],
+        ]  # fmt: skip
+        for name, options in zip(names, extra, strict=True):
+            done = say("Hello there.", "-o", f"{name}.wav", "--tokens", f"{name}.npz", "-q", *options)
+            assert done.returncode == 0, done.stderr
+        fines = [np.load(say.folder / f"{name}.npz")["fine_prompt"] for name in names]
+        assert not any(np.array_equal(fines[0], other) for other in fines[1:])
+
+    def test_the_same_seed_gives_the_same_file(self, say):
+        for name in ("a", "b"):
+            say("Hello there.", "-o", f"{name}.wav", "-q")
+        assert (say.folder / "a.wav").read_bytes() == (say.folder / "b.wav").read_bytes()
+
+    def test_long_form(self, say):
+        text = "This is a sentence of some length, spoken slowly. " * 8
+        assert_one_line_error(say(text * 5, "-q"), "256", "long_form")
+        assert say(text, "--long-form", "-o", "long.wav", "-q").returncode == 0
+        assert soundfile.info(say.folder / "long.wav").duration > 1.0
+
+    def test_without_a_model_or_a_hub_it_speaks_noise_and_says_so(self, run):
+        done = run("say", "Hello.", "--max-seconds", "0.3", "--quiet", "-o", "noise.wav")
+        assert done.returncode == 0, done.stderr
+        assert "WHAT YOU WILL HEAR IS NOISE" in done.stderr
+        assert "--model" in done.stderr
+        assert soundfile.info(run.folder / "noise.wav").frames > 0
+
+    def test_a_hub_id_that_cannot_be_fetched_is_an_error(self, run):
+        assert_one_line_error(run("say", "Hello.", "--model", "suno/bark", "-q"), "suno/bark")
+        assert not list(run.folder.iterdir())
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["  "], ["text"]),
+            (["Hello.", "--voice", "nobody"], ["nobody"]),
+            (["Hello.", "--voice", "missing.npz"], ["missing.npz"]),
+            (["Hello.", "-o", "no/such/folder/a.wav"], ["no/such/folder"]),
+            (["Hello.", "-o", "a.xyz"], [".xyz", ".wav"]),
+            (["Hello.", "--tokens", "tokens.txt"], ["tokens.txt", ".npz"]),
+            (["Hello.", "--temperature", "-1"], ["temperature is -1.0", "at least 0"]),
+            (["Hello.", "--top-p", "1.5"], ["top_p is 1.5"]),
+            (["Hello.", "--top-k", "0"], ["top_k is 0"]),
+            (["Hello.", "--seed", "-4"], ["seed is -4"]),
+            (["Hello.", "--file", "text.txt"], ["--file"]),
+            (["--file", "missing.txt"], ["missing.txt"]),
+            (["Hello.", "--device", "cuda:7"], ["cuda:7"]),
+            (["Hello.", "--dtype", "int4"], ["int4"]),
+        ],
+    )
+    def test_one_line_and_no_file(self, say, arguments, words):
+        assert_one_line_error(say(*arguments, "-q"), *words)
+        assert not list(say.folder.iterdir())
+
+    def test_stdin_that_is_not_text(self, tmp_path, tiny_suno_dir):
+        done = subprocess.run(
+            [*COMMAND, "say", "-m", str(tiny_suno_dir), "-o", str(tmp_path / "a.wav")],
+            input=b"\xff\xfe", capture_output=True, env=environment(tmp_path), timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert b"UTF-8" in done.stderr
+
+    def test_an_unknown_option_is_a_usage_error(self, run):
+        done = run("say", "Hello.", "--loud")
+        assert done.returncode == 2
+        assert "--loud" in done.stderr
+
+    @pytest.mark.parametrize("model", ["nowhere", "empty"])
+    def test_a_missing_checkpoint(self, run, tmp_path, model):
+        (tmp_path / "empty").mkdir()
+        assert_one_line_error(run("say", "Hello.", "-q", "--model", tmp_path / model), model)
+
+    def test_an_existing_file_survives_a_failure(self, say):
+        (say.folder / "a.wav").write_bytes(b"precious")
+        assert say("Hello.", "-o", "a.wav", "--voice", "nobody", "-q").returncode == 1
+        assert (say.folder / "a.wav").read_bytes() == b"precious"
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+    def test_ctrl_c_leaves_no_file(self, run, tmp_path, tiny_suno_dir):
+        process = subprocess.Popen(
+            [*COMMAND, "say", "--model", str(tiny_suno_dir), "--long-form", "Hello there. " * 500],
+            cwd=run.folder, env=environment(tmp_path), stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        shown, deadline = b"", time.monotonic() + 60
+        while b"coarse" not in shown and time.monotonic() < deadline:
+            shown += process.stderr.read() or b""
+            time.sleep(0.05)
+        assert b"coarse" in shown
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
+        rest = process.stderr.read() or b""
+        assert b"interrupted; nothing was written" in rest
+        assert b"Traceback" not in rest
+        assert not list(run.folder.iterdir())
+
+
+class TestOtherCommands:
+    def test_doctor_names_versions_device_and_backends(self, run):
+        done = run("doctor")
+        assert done.returncode == 0, done.stderr
+        for word in (
+            "bark_fast",
+            "torch",
+            "device",
+            "backend       torch: in use",
+            "triton: off",
+            "extension: off",
+        ):
+            assert word in done.stdout
+
+    @pytest.mark.parametrize("layout", ["suno", "hf"])
+    def test_make_checkpoint_makes_what_say_reads(self, run, layout):
+        done = run("make-checkpoint", "model", "--size", "tiny", "--format", layout, "--seed", "3", "-q")
+        assert done.returncode == 0, done.stderr
+        assert "noise" in done.stdout
+        done = run("say", "Hello.", "-m", "model", "--max-seconds", "0.3", "--seed", "1", "-q")
+        assert done.returncode == 0, done.stderr
+        assert soundfile.info(run.folder / "out.wav").frames > 0
+
+    def test_make_checkpoint_refuses_a_folder_in_use(self, run):
+        (run.folder / "model").mkdir()
+        (run.folder / "model" / "file").write_text("mine")
+        assert_one_line_error(run("make-checkpoint", "model", "-q"), "model")
+        assert [p.name for p in (run.folder / "model").iterdir()] == ["file"]
+
+    def test_help_and_version(self, run):
+        assert "say" in run("--help").stdout
+        assert "--voice" in run("say", "-h").stdout
+        assert "0.1.0" in run("--version").stdout

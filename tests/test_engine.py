@@ -1,0 +1,262 @@
+"""The scheduler: same tokens in any company, one failure alone, nothing leaked."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bark_fast import SamplingParams
+from bark_fast.engine.runner import EagerRunner
+from bark_fast.engine.scheduler import Scheduler, Utterance
+from bark_fast.engine.sequence import common_prefix
+from bark_fast.errors import GenerationError
+from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.sampling import SamplingRule
+from bark_fast.work import Decode, Vocode
+
+TEXTS = ["One.", "Two, and somewhat longer.", "Three!", "Four: a longer sentence, to be sure.", "Five"]
+RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
+
+
+def same(a, b) -> bool:
+    """Whether two audios hold the same tokens and samples (rounding of batched sums aside)."""
+    tokens = all(
+        np.array_equal(getattr(a.tokens, s), getattr(b.tokens, s)) for s in ("semantic", "coarse", "fine")
+    )
+    return tokens and np.abs(a.samples - b.samples).max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def alone(suno_bark):
+    """Each text by itself."""
+    return [suno_bark.generate(t, seed=i, max_seconds=1.0) for i, t in enumerate(TEXTS)]
+
+
+class TestPhiloxBatches:
+    """rng="philox": a request's tokens do not change with its neighbours or their order."""
+
+    @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [3, 3, 1], [2]])
+    def test_company_and_order_change_nothing(self, suno_bark, alone, order):
+        together = suno_bark.generate([TEXTS[i] for i in order], seed=order, max_seconds=1.0)
+        assert all(same(audio, alone[i]) for audio, i in zip(together, order, strict=True))
+
+    @pytest.mark.parametrize("max_batch", [1, 2, 3])
+    def test_a_small_batch_limit_changes_nothing(self, suno_bark, alone, monkeypatch, max_batch):
+        monkeypatch.setattr(suno_bark, "max_batch", max_batch)
+        together = suno_bark.generate(TEXTS, seed=list(range(5)), max_seconds=1.0)
+        assert all(map(same, together, alone))
+
+    def test_neighbours_with_other_settings_change_nothing(self, suno_bark, alone, preset):
+        together = suno_bark.generate(TEXTS[:3], seed=[0, 1, 2], voice=[None, preset, None], max_seconds=1.0)
+        assert same(together[0], alone[0])
+        assert not same(together[1], alone[1])
+        assert same(together[2], alone[2])
+
+    def test_both_dialects_hold_it(self, hf_bark):
+        one = hf_bark.generate(TEXTS[1], seed=9, max_seconds=1.0)
+        two = hf_bark.generate(TEXTS[:2], seed=[3, 9], max_seconds=1.0)
+        assert same(one, two[1])
+
+    def test_one_seed_for_all_is_that_seed_for_each(self, suno_bark, alone):
+        both = suno_bark.generate([TEXTS[0], TEXTS[0]], seed=0, max_seconds=1.0)
+        assert same(both[0], alone[0])
+        assert same(both[1], alone[0])
+
+    def test_without_a_seed_every_call_differs(self, suno_bark):
+        one, two = (suno_bark.generate("One.", max_seconds=0.3) for _ in range(2))
+        assert not np.array_equal(one.tokens.semantic, two.tokens.semantic)
+
+
+def decode(prompt, n, first_step=0):
+    """A coarse decode of n tokens."""
+    return Decode("coarse", np.array(prompt, dtype=np.int64), RULE, n, first_step=first_step)
+
+
+def tokens_of(runner, stage, seed=0):
+    """Run one coroutine to its end."""
+    (outcome,) = Scheduler(runner).run([Utterance(stage, PhiloxNoise(seed, runner.device))])
+    if outcome.error:
+        raise outcome.error
+    return outcome.result
+
+
+class Counting(EagerRunner):
+    """Counts fed tokens, so that reuse can be seen, and open sequences, so that leaks can."""
+
+    def __init__(self, runner):
+        models = runner.models
+        super().__init__(models["semantic"], models["coarse"], runner.fine_model, runner.codec)
+        self.fed, self.open_now = 0, 0
+
+    def open(self, model, noise):
+        self.open_now += 1
+        return super().open(model, noise)
+
+    def close(self, model, sequence):
+        self.open_now -= 1
+        super().close(model, sequence)
+
+    def step(self, model, sequences):
+        self.fed += sum(len(s.feed) for s in sequences)
+        return super().step(model, sequences)
+
+
+@pytest.fixture
+def runner(suno_bark):
+    """A runner that counts."""
+    return Counting(suno_bark.runner)
+
+
+PROMPT = list(range(11_000, 11_200))
+
+
+class TestPrefixReuse:
+    """A cache keeps what the next prompt shares with it, and tokens are as if it had not."""
+
+    def windows(self, change):
+        """Two decodes; the second prompt goes on from the first, or not."""
+        first = yield decode(PROMPT, 20)
+        grown = PROMPT + first.tokens.tolist()
+        second = yield decode(change(grown), 20, first_step=20)
+        return np.concatenate([first.tokens, second.tokens])
+
+    def test_a_grown_prompt_feeds_only_what_is_new(self, runner):
+        tokens_of(runner, self.windows(lambda p: p))
+        assert runner.fed == 200 + 19 + 1 + 19  # the 20th token was drawn, not yet fed
+
+    def test_tokens_are_those_of_a_fresh_start(self, runner):
+        reused = tokens_of(runner, self.windows(lambda p: p))
+
+        def afresh():
+            first = yield decode(PROMPT, 20)
+            yield Decode("semantic", np.array([5]), SamplingRule("suno", ((0, 9),), 9, 1.0), 1)
+            second = yield decode(PROMPT + first.tokens.tolist(), 20, first_step=20)
+            return np.concatenate([first.tokens, second.tokens])
+
+        assert np.array_equal(reused, tokens_of(runner, afresh()))
+
+    @pytest.mark.parametrize("keep", [0, 1, 57, 199, 219])
+    def test_a_changed_prompt_keeps_the_common_part_only(self, runner, keep):
+        def change(prompt):
+            changed = list(prompt)
+            changed[keep] = 7
+            return changed
+
+        got = tokens_of(runner, self.windows(change))
+        assert runner.fed == 200 + 19 + (220 - keep) + 19
+        fresh = Counting(runner)
+
+        def second_alone():
+            prompt = change(PROMPT + got[:20].tolist())
+            return (yield decode(prompt, 20, first_step=20)).tokens
+
+        assert np.array_equal(got[20:], tokens_of(fresh, second_alone()))
+
+    def test_a_shorter_prompt_cuts_the_cache(self, runner):
+        def stage():
+            first = yield decode(PROMPT, 10)
+            second = yield decode(PROMPT[:50], 10, first_step=10)
+            return first, second
+
+        tokens_of(runner, stage())
+        assert runner.fed == 200 + 9 + 1 + 9
+
+    @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+    def test_common_prefix(self, a, b):
+        n = common_prefix(a, b)
+        assert a[:n] == b[:n]
+        assert n == min(len(a), len(b)) or a[n] != b[n]
+
+
+class TestFailures:
+    def good(self, value):
+        """Some work, then a result."""
+        done = yield decode([10_500, 10_600], 5)
+        return value, done.tokens
+
+    def outcomes(self, runner, stages):
+        jobs = [Utterance(stage, PhiloxNoise(i, runner.device)) for i, stage in enumerate(stages)]
+        return {o.index: o for o in Scheduler(runner, max_batch=2).run(jobs)}
+
+    def test_one_bad_utterance_ends_alone(self, runner):
+        def bad():
+            yield decode([10_500], 3)
+            raise ValueError("mine alone")
+
+        got = self.outcomes(runner, [self.good("a"), bad(), self.good("b"), self.good("c")])
+        assert isinstance(got[1].error, ValueError)
+        assert [got[i].result[0] for i in (0, 2, 3)] == ["a", "b", "c"]
+        lone = tokens_of(runner, self.good("b"), seed=2)
+        assert np.array_equal(got[2].result[1], lone[1])
+        assert runner.open_now == 0
+
+    def test_a_prompt_beyond_the_context_is_refused_alone(self, runner):
+        def long():
+            yield decode([10_500] * 1020, 60)
+
+        got = self.outcomes(runner, [long(), self.good("a")])
+        assert isinstance(got[0].error, GenerationError)
+        assert "1020" in str(got[0].error)
+        assert got[1].result[0] == "a"
+
+    def test_a_failing_codec_call_fails_its_utterance_only(self, runner):
+        def broken():
+            yield Vocode(np.full((8, 3), 5000))
+
+        got = self.outcomes(runner, [broken(), self.good("a")])
+        assert got[0].error is not None
+        assert got[1].result[0] == "a"
+
+    @pytest.mark.parametrize("when", ["interrupt", "close"])
+    def test_leaving_early_gives_everything_back(self, runner, when):
+        closed = []
+
+        def stage():
+            try:
+                yield decode([10_500], 50)
+            finally:
+                closed.append(True)
+
+        def observer(index, work, done):
+            if when == "interrupt" and done == 3:
+                raise KeyboardInterrupt
+
+        jobs = [
+            Utterance(stage(), PhiloxNoise(0, runner.device)),
+            Utterance(self.good(1), PhiloxNoise(0, runner.device)),
+        ]
+        running = Scheduler(runner, observer=observer).run(jobs)
+        if when == "interrupt":
+            with pytest.raises(KeyboardInterrupt):
+                next(running)
+        else:
+            assert next(running).result[0] == 1
+            running.close()
+        assert closed == [True]
+        assert runner.open_now == 0
+
+    def test_logits_that_are_not_finite_end_the_utterance_with_a_reason(self, suno_bark, runner):
+        weight = suno_bark.runner.models["coarse"].wpe.weight
+        kept = weight[3].clone()
+        weight[3] = float("nan")
+        try:
+            got = self.outcomes(runner, [self.good("a")])
+        finally:
+            weight[3] = kept
+        assert isinstance(got[0].error, GenerationError)
+        assert "coarse" in str(got[0].error)
+        assert "step 2" in str(got[0].error)
+
+
+def test_an_utterance_that_says_nothing_is_a_clear_error(suno_bark):
+    """EOS at once leaves nothing to speak; suno fails an assertion here."""
+    weight = suno_bark.runner.models["semantic"].head.weight
+    kept = weight.clone()
+    weight[:10_000] = 0.0
+    try:
+        with pytest.raises(GenerationError, match=r"ended after 0 semantic tokens.*another seed"):
+            suno_bark.generate("One.", seed=0, semantic=SamplingParams(min_eos_p=1e-6))
+    finally:
+        weight.copy_(kept)

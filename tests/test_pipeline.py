@@ -1,0 +1,294 @@
+"""The public face: options, long texts, voices, progress, and errors for what cannot be."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import bark_fast
+from bark_fast import (
+    Audio,
+    Bark,
+    BarkFastError,
+    GenerationError,
+    InvalidInput,
+    InvalidVoice,
+    SamplingParams,
+    TextTooLong,
+)
+from bark_fast.stages.semantic import max_tokens
+
+LONG = "This is a sentence of some length, spoken slowly. " * 40
+
+
+class TestGenerate:
+    def test_a_string_gives_an_audio_and_a_list_a_list(self, suno_bark):
+        audio = suno_bark.generate("One.", seed=0, max_seconds=0.4)
+        assert isinstance(audio, Audio)
+        (same,) = suno_bark.generate(["One."], seed=0, max_seconds=0.4)
+        assert np.array_equal(audio.samples, same.samples)
+        assert suno_bark.generate([]) == []
+
+    def test_the_audio_carries_tokens_and_timings(self, suno_bark):
+        audio = suno_bark.generate("One.", seed=0, max_seconds=0.4)
+        tokens = audio.tokens
+        assert audio.sample_rate == 24_000
+        assert audio.samples.dtype == np.float32
+        assert tokens.semantic.shape == (20,)
+        frames = math.floor(20 * 75 / 49.9)
+        assert tokens.coarse.shape == (2, frames)
+        assert tokens.fine.shape == (8, frames)
+        assert np.array_equal(tokens.fine[:2], tokens.coarse)
+        assert len(audio.samples) == 320 * frames
+        assert list(audio.timings) == ["semantic", "coarse", "fine", "codec"]
+        assert all(seconds > 0 for seconds in audio.timings.values())
+
+    def test_max_seconds_counts_as_suno_counts(self, suno_bark):
+        layout = suno_bark.config.layout
+        for seconds in (0.01, 0.02, 1.0, 2.0, 3.3, 15.0, 100.0):
+            total, count = 0.0, 0
+            while count < 768:
+                total, count = total + 1 / 49.9, count + 1
+                if total > seconds:
+                    break
+            assert max_tokens(layout, seconds) == count
+
+    def test_seed_makes_it_reproducible(self, suno_bark):
+        one, two, other = (suno_bark.generate("One.", seed=s, max_seconds=0.4) for s in (5, 5, 6))
+        assert np.array_equal(one.samples, two.samples)
+        assert not np.array_equal(one.tokens.semantic, other.tokens.semantic)
+
+    def test_numpy_seeds_and_big_seeds_do(self, suno_bark):
+        one = suno_bark.generate("One.", seed=np.int64(5), max_seconds=0.2)
+        assert np.array_equal(one.samples, suno_bark.generate("One.", seed=5, max_seconds=0.2).samples)
+        for rng in ("philox", "torch"):
+            suno_bark.generate("One.", seed=2**64 - 1, rng=rng, max_seconds=0.1)
+
+    def test_the_dialect_can_be_overridden(self, tiny_suno_dir, tiny_hf_dir, hf_bark):
+        """Both formats hold the same weights: under one dialect and one set of parameters they speak alike."""
+        other = Bark.from_pretrained(tiny_suno_dir, dialect="hf")
+        options = {
+            "seed": 1, "rng": "torch", "max_seconds": 0.5, "fine": SamplingParams(temperature=0.5),
+            "semantic": SamplingParams(0.7, 50, None, None), "coarse": SamplingParams(0.7, 50, None, None),
+        }  # fmt: skip
+        assert np.array_equal(
+            other.generate("One.", **options).tokens.fine, hf_bark.generate("One.", **options).tokens.fine
+        )
+
+    def test_bfloat16_runs_and_keeps_the_codec_in_float32(self, tiny_suno_dir):
+        bark = Bark.from_pretrained(tiny_suno_dir, dtype="bf16")
+        assert bark.runner.dtype == torch.bfloat16
+        assert bark.runner.codec.codebooks.dtype == torch.float32
+        assert np.isfinite(bark.generate("One.", seed=0, max_seconds=0.4).samples).all()
+
+    def test_generating_leaves_torchs_generator_alone(self, suno_bark):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        suno_bark.generate("One.", seed=1, max_seconds=0.2)
+        suno_bark.generate("One.", seed=1, rng="torch", max_seconds=0.2)
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestVoices:
+    def test_a_saved_voice_speaks_as_the_audio_it_came_from(self, suno_bark, tmp_path):
+        first = suno_bark.generate("One and two.", seed=0, max_seconds=1.0)
+        first.save_voice(tmp_path / "me.npz")
+        a = suno_bark.generate("Three.", voice=first, seed=1, max_seconds=0.5)
+        b = suno_bark.generate("Three.", voice=tmp_path / "me.npz", seed=1, max_seconds=0.5)
+        c = suno_bark.generate("Three.", seed=1, max_seconds=0.5)
+        assert np.array_equal(a.tokens.fine, b.tokens.fine)
+        assert not np.array_equal(a.tokens.fine, c.tokens.fine)
+
+    def test_an_unknown_voice_is_named(self, suno_bark):
+        with pytest.raises(InvalidVoice, match="en_speaker_99"):
+            suno_bark.generate("One.", voice="en_speaker_99")
+
+    def test_voices_are_one_or_one_per_text(self, suno_bark):
+        with pytest.raises(InvalidInput, match="2 voices for 3 texts"):
+            suno_bark.generate(["a", "b", "c"], voice=[None, None])
+
+
+class TestLongForm:
+    def test_without_it_a_long_text_names_the_remedy(self, suno_bark):
+        with pytest.raises(TextTooLong, match=r"text has \d+ tokens; Bark reads 256\. .*long_form=True"):
+            suno_bark.generate(LONG)
+
+    def test_chunks_are_joined_with_a_pause_and_carry_the_voice(self, suno_bark):
+        text = LONG[:300]
+        chunks = bark_fast.split_text(text, suno_bark.tokenizer)
+        assert len(chunks) > 2
+        audio = suno_bark.generate(text, seed=3, long_form=True, max_seconds=0.6)
+        first = suno_bark.generate(chunks[0], seed=3, max_seconds=0.6)
+        length, pause = len(first.samples), round(0.25 * 24_000)
+        assert np.array_equal(audio.samples[:length], first.samples)
+        assert not audio.samples[length : length + pause].any()
+        frames = audio.tokens.fine.shape[1]
+        assert len(audio.samples) == 320 * frames + pause * (len(chunks) - 1)
+        # the second chunk is spoken in the first one's voice, with noise of its own
+        alone = suno_bark.generate(chunks[1], voice=first, seed=3, max_seconds=0.6)
+        n = len(first.tokens.semantic)
+        second = audio.tokens.semantic[n : n + len(alone.tokens.semantic)]
+        assert not np.array_equal(second, alone.tokens.semantic)
+
+    def test_with_the_torch_generator_it_is_sunos_loop(self, suno_bark, suno_peer):
+        """suno's way to speak long texts: sentence after sentence, each with the last one as its history."""
+        text = LONG[:250]
+        chunks = bark_fast.split_text(text, suno_bark.tokenizer)
+        torch.manual_seed(4)
+        history, parts = None, []
+        for chunk in chunks:
+            part = suno_peer.speak(chunk, history, max_seconds=0.6)
+            history = {
+                "semantic_prompt": part.semantic, "coarse_prompt": part.coarse, "fine_prompt": part.fine
+            }  # fmt: skip
+            parts.append(part)
+        audio = suno_bark.generate(text, seed=4, rng="torch", long_form=True, max_seconds=0.6)
+        assert np.array_equal(audio.tokens.fine, np.concatenate([p.fine for p in parts], axis=1))
+
+    def test_a_given_voice_speaks_every_chunk(self, suno_bark, preset):
+        events = []
+        text = LONG[:250]
+        suno_bark.generate(text, seed=0, voice=preset, long_form=True, max_seconds=0.3, progress=events.append)
+        assert {e.chunk for e in events} == set(range(len(bark_fast.split_text(text, suno_bark.tokenizer))))
+
+    def test_a_short_text_is_one_chunk(self, suno_bark):
+        a = suno_bark.generate("One.", seed=0, long_form=True, max_seconds=0.3)
+        b = suno_bark.generate("One.", seed=0, max_seconds=0.3)
+        assert np.array_equal(a.samples, b.samples)
+
+
+class TestProgress:
+    def test_events_count_up_to_their_total(self, suno_bark):
+        events = []
+        audio = suno_bark.generate("One.", seed=0, max_seconds=0.5, progress=events.append)
+        by_stage = {}
+        for event in events:
+            by_stage.setdefault(event.stage, []).append(event)
+        assert list(by_stage) == ["semantic", "coarse", "fine", "codec"]
+        assert [e.done for e in by_stage["coarse"]] == list(range(1, audio.tokens.coarse.size + 1))
+        assert [e.done for e in by_stage["fine"]] == list(range(1, 7))
+        for stage in ("coarse", "fine", "codec"):
+            assert by_stage[stage][-1].done == by_stage[stage][-1].total
+
+    def test_the_bar_shows_stage_rate_and_real_time_factor(self, suno_bark, capsys):
+        suno_bark.generate(["One.", "Two."], seed=0, max_seconds=0.5, progress=True)
+        shown = capsys.readouterr().err
+        assert "100%" in shown
+        assert re.search(r"coarse \d+/\d+, \d+ tokens/s, real-time factor \d", shown)
+
+    def test_an_exception_in_the_callback_reaches_the_caller(self, suno_bark):
+        def boom(event):
+            if event.stage == "coarse":
+                raise RuntimeError("stop here")
+
+        with pytest.raises(RuntimeError, match="stop here"):
+            suno_bark.generate("One.", seed=0, max_seconds=0.5, progress=boom)
+        suno_bark.generate("One.", seed=0, max_seconds=0.2)  # and the model is as good as before
+
+
+BAD_OPTIONS = [
+    ({"rng": "numpy"}, "rng is 'numpy'"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**64}, "seed is 18446744073709551616"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"seed": "7"}, "seed"),
+    ({"seed": [1, 2]}, "2 seeds for 1 texts"),
+    ({"max_seconds": 0}, "max_seconds is 0"),
+    ({"max_seconds": math.nan}, "max_seconds is nan"),
+    ({"max_seconds": "3"}, "max_seconds is '3'"),
+    ({"semantic": 0.7}, "semantic is 0.7"),
+    ({"coarse": {"temperature": 1}}, "coarse is"),
+    ({"fine": SamplingParams(top_k=3)}, "fine.top_k is 3"),
+    ({"fine": SamplingParams(top_p=0.5)}, "fine.top_p is 0.5"),
+    ({"voice": 3}, "voice"),
+    ({"voice": "no such voice"}, "no such voice"),
+]
+
+
+class TestBadInput:
+    """One line that names the value; nothing has run by then."""
+
+    @pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[m for _, m in BAD_OPTIONS])
+    def test_options(self, suno_bark, options, message):
+        with pytest.raises(InvalidInput) as caught:
+            suno_bark.generate("One.", **({"max_seconds": 0.1} | options))
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "text", ["", "  \n\t ", "\u00a0", None, 3, b"bytes", ["fine", ""], ["fine", None], {"a"}]
+    )
+    def test_texts(self, suno_bark, text):
+        with pytest.raises(InvalidInput) as caught:
+            suno_bark.generate(text, max_seconds=0.1)
+        assert "text" in str(caught.value)
+
+    def test_an_unknown_keyword_is_named(self, suno_bark):
+        with pytest.raises(TypeError, match="temperature"):
+            suno_bark.generate("One.", temperature=0.7)
+
+    def test_long_form_cannot_be_one_hf_batch(self, hf_bark):
+        with pytest.raises(InvalidInput, match="long_form=True"):
+            hf_bark.generate(["One.", "Two."], seed=1, rng="torch", long_form=True)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"device": "cuda:99"}, "device 'cuda:99'"),
+            ({"device": "toaster"}, "device 'toaster'"),
+            ({"dtype": "int8"}, "dtype is 'int8'"),
+            ({"dtype": torch.int64}, "dtype is torch.int64"),
+            ({"dtype": torch.float64}, "dtype is torch.float64"),
+            ({"dialect": "bark"}, "dialect is 'bark'"),
+            ({"max_batch": 0}, "max_batch is 0"),
+        ],
+    )
+    def test_loading_options(self, tiny_suno_dir, options, message):
+        with pytest.raises(InvalidInput) as caught:
+            Bark.from_pretrained(tiny_suno_dir, **options)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        text=st.text(max_size=30) | st.none() | st.integers(),
+        seed=st.none()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=3)
+        | st.lists(st.integers(), max_size=2),
+        temperature=st.none() | st.floats() | st.text(max_size=2),
+        max_seconds=st.floats() | st.integers(max_value=0) | st.text(max_size=2),
+    )
+    def test_any_input_gives_speech_or_one_line(self, suno_bark, text, seed, temperature, max_seconds):
+        def stop(event):
+            raise StopIteration  # got as far as the first token: the input was accepted
+
+        try:
+            suno_bark.generate(
+                text, seed=seed, coarse=SamplingParams(temperature=temperature), max_seconds=max_seconds,
+                progress=stop,
+            )  # fmt: skip
+        except BarkFastError as error:
+            assert "\n" not in str(error)
+            assert not isinstance(error, GenerationError)
+        except (StopIteration, RuntimeError):
+            pass
+        else:
+            pytest.fail("the progress callback was never called")
+
+
+def test_saving_what_was_spoken_gives_a_playable_file(suno_bark, tmp_path):
+    audio = suno_bark.generate("One.", seed=0, max_seconds=0.5)
+    for suffix in ("wav", "flac", "ogg", "mp3"):
+        audio.save(tmp_path / f"a.{suffix}")
+        info = soundfile.info(tmp_path / f"a.{suffix}")
+        assert info.samplerate == 24_000
+        assert abs(info.duration - audio.duration) < 0.1
