@@ -122,7 +122,7 @@ def _gpt_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     gpt: GPTConfig = getattr(config, model)
     for name, shape in gpt_names(gpt).items():
-        weight = gpt_weight(seed, model, name, shape, gpt, config.layout)
+        weight = gpt_weight(seed, model, name, shape, gpt)
         report(4 * weight.numel())
         yield name, weight
 

@@ -54,18 +54,17 @@ def hf_peer(tiny_hf_dir: Path) -> HFPeer:
 
 
 @pytest.fixture
-def endless(request: pytest.FixtureRequest, suno_bark: Bark, hf_bark: Bark) -> Iterator[None]:
-    """Makes EOS all but impossible in every loaded model, for speech of a given length."""
-    heads = [suno_bark.runner.models["semantic"].head.weight, hf_bark.runner.models["semantic"].head.weight]
+def eos_gain(request: pytest.FixtureRequest, suno_bark: Bark, hf_bark: Bark) -> Iterator[None]:
+    """Scales the EOS row of every loaded semantic head: 0 makes EOS all but impossible, 4 makes it frequent."""
+    heads = [bark.runner.models["semantic"].head.weight for bark in (suno_bark, hf_bark)]
     if "suno_peer" in request.fixturenames:
-        peer = request.getfixturevalue("suno_peer")
-        heads.append(peer.bark.models["text"]["model"].lm_head.weight)
+        heads.append(request.getfixturevalue("suno_peer").bark.models["text"]["model"].lm_head.weight)
     if "hf_peer" in request.fixturenames:
         heads.append(request.getfixturevalue("hf_peer").model.semantic.lm_head.weight)
     with torch.no_grad():
         kept = [head[10_000].clone() for head in heads]
         for head in heads:
-            head[10_000] = 0.0
+            head[10_000] *= request.param
         yield
         for head, row in zip(heads, kept, strict=True):
             head[10_000] = row

