@@ -73,8 +73,9 @@ class ProgressBar:
         self.drawn += event.done - before.done if same and before is not None else event.done
         self.latest[event.index] = event
         self.bar.set_postfix_str(self._describe(event), refresh=False)
-        self.bar.update(100 * max(0.0, fraction - self.fractions[event.index]))
         self.fractions[event.index] = max(fraction, self.fractions[event.index])
+        # rounding must not carry the bar beyond its end, which tqdm warns of
+        self.bar.update(min(100 * sum(self.fractions), self.bar.total) - self.bar.n)
 
     def _describe(self, event: Progress) -> str:
         text = f"{event.stage} {event.done}/{event.total}"

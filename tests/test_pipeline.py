@@ -181,6 +181,7 @@ class TestProgress:
         suno_bark.generate(["One.", "Two."], seed=0, max_seconds=0.5, progress=True)
         shown = capsys.readouterr().err
         assert "100%" in shown
+        assert "Warning" not in shown
         assert re.search(r"coarse \d+/\d+, \d+ tokens/s, real-time factor \d", shown)
 
     def test_an_exception_in_the_callback_reaches_the_caller(self, suno_bark):
