@@ -17,6 +17,7 @@ from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
+from bark_fast.ops.noise import SEED_BOUND
 from bark_fast.progress import ProgressBar, ProgressCallback, progress_of
 from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
@@ -56,6 +57,9 @@ class GenerateOptions(TypedDict, total=False):
     progress: bool | ProgressCallback
 
 
+MAX_SAMPLES = 1024
+
+
 class Bark:
     """A loaded Bark model. Build one with `Bark.from_pretrained`.
 
@@ -89,6 +93,7 @@ class Bark:
             _filled(coarse, weights["coarse"]),
             _filled(fine, weights["fine"]),
             _filled(codec, weights["codec"]),
+            max_sequences=max_batch,
         )
         codec.lstm.flatten_parameters()
 
@@ -121,6 +126,8 @@ class Bark:
     @overload
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Audio: ...
     @overload
+    def generate(self, text: str, *, n: int, **options: Unpack[GenerateOptions]) -> list[Audio]: ...
+    @overload
     def generate(
         self, text: list[str] | tuple[str, ...], **options: Unpack[GenerateOptions]
     ) -> list[Audio]: ...
@@ -128,6 +135,7 @@ class Bark:
         self,
         text: str | list[str] | tuple[str, ...],
         *,
+        n: int | None = None,
         voice: VoiceLike | Sequence[VoiceLike] = None,
         seed: int | Sequence[int] | None = None,
         rng: Rng = "philox",
@@ -140,6 +148,8 @@ class Bark:
     ) -> Audio | list[Audio]:
         """Speak one text, or several at once.
 
+        n: speak one text n times over, for a choice of readings: a list of n, the i-th as with seed + i. The
+            samples share the pages of their prompt until they part.
         voice: a preset name, an .npz file, a dict of prompts, a `Voice` or an earlier `Audio`; one for all,
             or a list with one per text.
         seed: an integer from 0 to 2**64 - 1 for each text alike, or one per text. None draws a fresh one per
@@ -158,12 +168,19 @@ class Bark:
         """
         texts = [text] if isinstance(text, str) else _checked_texts(text)
         check_rng(rng)
+        if n is not None:
+            texts, seed = _samples(texts, n, seed)
         seeds = check_seeds(seed, len(texts))
         joined = rng == "torch" and self.dialect == "hf" and isinstance(seeds, int) and len(texts) > 1
         if joined and long_form:
             raise InvalidInput(
                 "rng='torch' with one seed for several texts is Hugging Face's batched call, which "
                 "long_form=True cannot be; give one seed per text, or rng='philox'"
+            )
+        if joined and len(texts) > self.max_batch:
+            raise InvalidInput(
+                f"{len(texts)} texts in one Hugging Face batch; this model takes max_batch={self.max_batch} at "
+                f"a time: load it with a higher max_batch, or give one seed per text"
             )
         options = self._options(semantic, coarse, fine, max_seconds, joined)
         chunks = [self._chunks(one, long_form) for one in texts]
@@ -180,7 +197,7 @@ class Bark:
         one_by_one = rng == "torch" and seeds is None
         speeches = self._run(jobs, 1 if one_by_one else self.max_batch, progress, [len(c) for c in chunks])
         audios = [self._audio(spoken) for spoken in speeches]
-        return audios[0] if isinstance(text, str) else audios
+        return audios[0] if isinstance(text, str) and n is None else audios
 
     def _run(
         self,
@@ -305,6 +322,16 @@ def _checked_texts(texts: object) -> list[str]:
     if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
         raise InvalidInput(f"text is a {type(texts).__name__}; pass a string or a list of strings")
     return list(texts)
+
+
+def _samples(texts: list[str], n: int, seed: Any) -> tuple[list[str], list[int] | None]:
+    """One text n times, with a seed of its own each."""
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_SAMPLES:
+        raise InvalidInput(f"n is {n!r}; it must be an integer from 1 to {MAX_SAMPLES}")
+    if len(texts) != 1:
+        raise InvalidInput(f"n={n} samples of {len(texts)} texts; give one text, or repeat it in the list")
+    first = check_seeds(seed, n)
+    return texts * n, [(first + i) % SEED_BOUND for i in range(n)] if isinstance(first, int) else first
 
 
 def _one_each(voice: VoiceLike | Sequence[VoiceLike], count: int) -> list[VoiceLike]:

@@ -17,6 +17,14 @@ from bark_fast.pipeline import Bark
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and sums keep one order
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, visibly, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="session")
 def tiny_suno_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in suno's format. Read only: copy it to change it."""

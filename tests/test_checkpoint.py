@@ -166,7 +166,6 @@ def test_weights_land_on_another_device_in_the_asked_dtype(tiny_suno_dir: Path) 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_same_values(tiny_suno_dir: Path) -> None:
     there = load_checkpoint(tiny_suno_dir, device=torch.device("cuda"), dtype=torch.bfloat16)
     here = load(tiny_suno_dir, torch.bfloat16)

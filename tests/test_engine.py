@@ -87,7 +87,7 @@ class Counting(EagerRunner):
 
     def __init__(self, runner):
         models = runner.models
-        super().__init__(models["semantic"], models["coarse"], runner.fine_model, runner.codec)
+        super().__init__(models["semantic"], models["coarse"], runner.fine_model, runner.codec, max_sequences=4)
         self.fed, self.open_now = 0, 0
 
     def open(self, model, noise):
@@ -99,8 +99,15 @@ class Counting(EagerRunner):
         super().close(model, sequence)
 
     def step(self, model, sequences):
-        self.fed += sum(len(s.feed) for s in sequences)
-        return super().step(model, sequences)
+        before = [len(s.cached) for s in sequences]
+        tokens = super().step(model, sequences)
+        # what a sequence adopted from another was not fed
+        self.fed += sum(len(s.feed) for s, token in zip(sequences, tokens, strict=True) if token is not None)
+        assert all(len(s.cached) >= length for s, length in zip(sequences, before, strict=True))
+        return tokens
+
+    def used_pages(self):
+        return {name: pool.pool.stats().pages_used for name, pool in self.pools.items()}
 
 
 @pytest.fixture
@@ -260,3 +267,60 @@ def test_an_utterance_that_says_nothing_is_a_clear_error(suno_bark):
             suno_bark.generate("One.", seed=0, semantic=SamplingParams(min_eos_p=1e-9))
     finally:
         weight.copy_(kept)
+
+
+class TestSharedPages:
+    """Sequences that begin alike hold the beginning once."""
+
+    def sample(self, prompt, n=30):
+        """One sample after a prompt."""
+        return (yield decode(prompt, n)).tokens
+
+    def run_together(self, runner, stages, seeds):
+        jobs = [Utterance(s, PhiloxNoise(seed, runner.device)) for s, seed in zip(stages, seeds, strict=True)]
+        outcomes = sorted(Scheduler(runner, max_batch=4).run(jobs), key=lambda o: o.index)
+        assert not [o.error for o in outcomes if o.error]
+        return [o.result for o in outcomes]
+
+    def test_samples_of_one_prompt_feed_it_once(self, runner):
+        together = self.run_together(runner, [self.sample(PROMPT) for _ in range(4)], range(4))
+        assert (
+            runner.fed == 200 + 3 * 1 + 4 * 29
+        )  # the last token of a prompt is always fed: it gives the logits
+        for seed, tokens in enumerate(together):
+            assert np.array_equal(tokens, tokens_of(Counting(runner), self.sample(PROMPT), seed))
+        assert runner.used_pages() == {"semantic": 0, "coarse": 0}
+
+    def test_prompts_that_part_early_share_only_what_is_equal(self, runner):
+        other = PROMPT[:100] + [7] * 100
+        together = self.run_together(runner, [self.sample(PROMPT), self.sample(other)], [0, 1])
+        assert runner.fed == 200 + 100 + 2 * 29
+        assert np.array_equal(together[1], tokens_of(Counting(runner), self.sample(other), 1))
+
+    def test_a_late_starter_shares_with_one_that_is_running(self, runner):
+        def late():
+            yield decode([10_500], 7)
+            return (yield decode(PROMPT, 30)).tokens
+
+        together = self.run_together(runner, [self.sample(PROMPT), late()], [0, 1])
+        assert runner.fed == (200 + 29) + (1 + 6) + (1 + 29)
+        alone = tokens_of(Counting(runner), late(), 1)
+        assert np.array_equal(together[1], alone)
+
+    def test_semantic_prompts_share_only_under_the_same_history(self, suno_bark, preset):
+        """Text and history are summed in one position: both must agree, and a partial prefix keeps its sums."""
+        plain = [suno_bark.generate(t, seed=3, max_seconds=0.4) for t in TEXTS[:2]]
+        voiced = suno_bark.generate(TEXTS[0], voice=preset, seed=3, max_seconds=0.4)
+        together = suno_bark.generate(
+            [TEXTS[0], TEXTS[0] + " more", TEXTS[1], TEXTS[0]], seed=3, max_seconds=0.4,
+            voice=[None, None, None, preset],
+        )  # fmt: skip
+        assert same(together[0], plain[0])
+        assert same(together[1], suno_bark.generate(TEXTS[0] + " more", seed=3, max_seconds=0.4))
+        assert same(together[2], plain[1])
+        assert same(together[3], voiced)
+
+    def test_n_samples_are_those_of_consecutive_seeds(self, suno_bark):
+        samples = suno_bark.generate("One.", n=3, seed=5, max_seconds=0.4)
+        alone = [suno_bark.generate("One.", seed=5 + i, max_seconds=0.4) for i in range(3)]
+        assert all(map(same, samples, alone))

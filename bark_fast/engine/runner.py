@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence as Items
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bark_fast.engine.kv_cache import KVCache
+from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, PAGE_SIZE, KVPool
 from bark_fast.engine.sequence import Sequence
 from bark_fast.errors import GenerationError
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
-from bark_fast.modules.gpt import GPT, Segment
+from bark_fast.modules.gpt import GPT
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN, sample, sample_codes
 from bark_fast.work import FinePass, FloatArray, IntArray, Vocode
@@ -35,8 +36,11 @@ class Runner(Protocol):
         """Give back what the sequence holds."""
         ...
 
-    def step(self, model: str, sequences: Items[Sequence]) -> list[int]:
-        """Feed each sequence what it must be fed; return one drawn token each, or `INVALID_TOKEN`."""
+    def step(self, model: str, sequences: Items[Sequence]) -> list[int | None]:
+        """Feed each sequence what it must be fed; return one drawn token each, or `INVALID_TOKEN`.
+
+        None where a sequence was put off: another one is filling pages that it will share.
+        """
         ...
 
     def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
@@ -49,41 +53,72 @@ class Runner(Protocol):
 
 
 class EagerRunner:
-    """Plain PyTorch, one operation at a time, on any device."""
+    """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
-    def __init__(self, semantic: GPT, coarse: GPT, fine: FineGPT, codec: Codec) -> None:
+    max_sequences: how many can be open at once in one model, each as long as its context.
+    """
+
+    def __init__(self, semantic: GPT, coarse: GPT, fine: FineGPT, codec: Codec, max_sequences: int) -> None:
         self.models = {"semantic": semantic, "coarse": coarse}
         self.fine_model, self.codec = fine, codec
-        self.device, self.dtype = semantic.wte.weight.device, semantic.wte.weight.dtype
-        self._spare: dict[str, list[KVCache]] = {"semantic": [], "coarse": []}
+        weight = semantic.wte.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.pools: dict[str, KVPool] = {}
+        for name, gpt in self.models.items():
+            pages = max_sequences * -(-gpt.config.block_size // PAGE_SIZE)
+            self.pools[name] = KVPool(gpt.config, self.device, self.dtype, pages)
+        self.open_sequences: dict[str, list[Sequence]] = {"semantic": [], "coarse": []}
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
-        spare = self._spare[model]
-        cache = spare.pop() if spare else KVCache(self.models[model].config, self.device, self.dtype)
-        return Sequence(cache, noise, stream)
+        sequence = Sequence(self.pools[model], noise, stream)
+        self.open_sequences[model].append(sequence)
+        return sequence
 
     def close(self, model: str, sequence: Sequence) -> None:
-        self._spare[model].append(sequence.cache)
+        self.open_sequences[model].remove(sequence)
+        sequence.close()
 
     @torch.inference_mode()
-    def step(self, model: str, sequences: Items[Sequence]) -> list[int]:
-        gpt = self.models[model]
+    def step(self, model: str, sequences: Items[Sequence]) -> list[int | None]:
+        gpt, pool = self.models[model], self.pools[model]
+        running = self._share_prefixes(model, sequences)
+        # the pool attends over pages for short feeds, which must come first
+        running.sort(key=lambda row: len(sequences[row].feed) > MAX_PAGED_QUERIES)
+        batch = [sequences[row] for row in running]
+        reserved = pool.reserve([seq.handle for seq in batch], [len(seq.feed) for seq in batch])
         ids: list[int] = []
         positions: list[int] = []
+        last: list[int] = []
         merged: list[tuple[int, Tensor]] = []
-        segments: list[Segment] = []
-        for seq in sequences:
-            start, length = len(ids), seq.cache.length
+        for seq in batch:
+            if seq.merged is not None and len(seq.cached) < len(seq.merged):
+                merged.append((len(ids), self._tensor(seq.merged[len(seq.cached) :])))
             ids += seq.feed
-            positions += range(length, length + len(seq.feed))
-            segments.append(Segment(start, len(ids), seq.cache))
-            if seq.merged is not None and length == 0:
-                merged.append((start, self._tensor(seq.merged)))
+            positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
+            last.append(len(ids) - 1)
         x = gpt.embed(torch.tensor(ids, device=self.device), merged)
-        hidden = gpt(x, torch.tensor(positions, device=self.device), segments)
-        last = hidden[[part.stop - 1 for part in segments]]
-        return self._draw(gpt, last, sequences)
+        hidden = gpt(x, torch.tensor(positions, device=self.device), partial(pool.attend, reserved))
+        drawn = self._draw(gpt, hidden if len(ids) == len(batch) else hidden[last], batch)
+        tokens: list[int | None] = [None] * len(sequences)
+        for row, token in zip(running, drawn, strict=True):
+            tokens[row] = token
+        return tokens
+
+    def _share_prefixes(self, model: str, sequences: Items[Sequence]) -> list[int]:
+        """Rows to run now. A sequence that starts shares pages with one that holds its prompt's beginning; if
+        that one is only starting too, it waits until those pages are filled.
+        """
+        running: list[int] = []
+        for row, seq in enumerate(sequences):
+            if seq.starting and len(seq.feed) > PAGE_SIZE:
+                for other in self.open_sequences[model]:
+                    if other is not seq and not other.starting:
+                        seq.adopt(other)
+                if any(sequences[r].starting and seq.repeats(sequences[r]) for r in running):
+                    continue
+            running.append(row)
+        return running
 
     def _draw(self, gpt: GPT, hidden: Tensor, sequences: Items[Sequence]) -> list[int]:
         """One token a row. Rows that draw from the same window share one pass of the head."""

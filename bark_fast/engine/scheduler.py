@@ -124,7 +124,7 @@ class Scheduler(Generic[T]):
                 self._push(one, one.sequences[model])
 
     def _push(self, one: _Active[T], sequence: Sequence) -> None:
-        """Take the token just drawn, if one was; answer the stage once its sequence is done."""
+        """Take the token just drawn, if one was (it may have been put off); answer the stage once all are."""
         token, one.answer = one.answer, None
         if isinstance(token, Exception):
             one.answer = token

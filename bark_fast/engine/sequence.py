@@ -1,4 +1,4 @@
-"""A token sequence in one model: what its cache holds, what must be fed next, what was drawn."""
+"""A token sequence in one model: what its pages hold, what must be fed next, what was drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from bark_fast.engine.kv_cache import KVCache
+from bark_fast.engine.kv_pool import KVPool
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN
@@ -19,30 +19,58 @@ class Sequence:
     The next prompt is compared with the tokens cached: their common prefix is kept, only the rest is fed.
     """
 
-    def __init__(self, cache: KVCache, noise: NoiseSource, stream: int) -> None:
-        self.cache, self.noise, self.stream = cache, noise, stream
+    def __init__(self, pool: KVPool, noise: NoiseSource, stream: int) -> None:
+        self.pool, self.noise, self.stream = pool, noise, stream
+        self.handle = pool.pool.create()
         self.cached: list[int] = []
         self.merged: IntArray | None = None
 
     def begin(self, work: Decode) -> None:
-        """Take up `work`; keep what its prompt shares with the cache."""
+        """Take up `work`; keep what its prompt shares with the pages."""
         prompt: list[int] = work.prompt.tolist()
-        block_size = self.cache.keys.shape[2]
+        block_size = self.pool.config.block_size
         if not prompt or len(prompt) + work.max_new_tokens - 1 > block_size:
             raise GenerationError(
                 f"prompt of {len(prompt)} and {work.max_new_tokens} new tokens do not fit {work.model}'s "
                 f"context of {block_size}; shorten the prompt"
             )
-        keep = 0
-        if work.merged is None and self.merged is None:
-            keep = common_prefix(self.cached, prompt)
-        keep = min(keep, len(prompt) - 1)  # the last token is fed again: its logits are wanted
-        self.cache.length = keep
+        keep = self._shared_with(prompt, work.merged)
+        self.pool.pool.truncate(self.handle, keep)
         self.cached, self.feed = prompt[:keep], prompt[keep:]
         self.work, self.merged = work, work.merged
         self.drawn: list[int] = []
         self.steps = 0
         self.done = work.max_new_tokens == 0
+
+    def _shared_with(self, prompt: list[int], merged: IntArray | None) -> int:
+        """Leading tokens of `prompt` whose keys and values these pages hold.
+
+        At most all but the last token, which is always fed: its logits are wanted.
+        """
+        if not same_ids(self.merged, merged):
+            return 0
+        return min(common_prefix(self.cached, prompt), len(prompt) - 1)
+
+    def adopt(self, other: Sequence) -> bool:
+        """Share `other`'s pages for the part of the prompt both have, if that is more than is cached here."""
+        prompt = self.cached + self.feed
+        keep = other._shared_with(prompt, self.merged)
+        if keep <= len(self.cached):
+            return False
+        forked = self.pool.pool.fork(other.handle, keep)
+        self.pool.pool.free(self.handle)
+        self.handle, self.cached, self.feed = forked, prompt[:keep], prompt[keep:]
+        return True
+
+    def repeats(self, other: Sequence) -> bool:
+        """Whether `other` is about to feed tokens that this sequence could share afterwards."""
+        theirs, mine = other.cached + other.feed, self.cached + self.feed
+        return same_ids(self.merged, other.merged) and common_prefix(theirs, mine[:-1]) > len(self.cached)
+
+    @property
+    def starting(self) -> bool:
+        """Whether the prompt is still to be fed."""
+        return self.steps == 0
 
     @property
     def step(self) -> int:
@@ -57,7 +85,6 @@ class Sequence:
                 f"check the checkpoint, or use dtype float32 or bfloat16"
             )
         self.cached += self.feed
-        self.cache.length = len(self.cached)
         self.steps += 1
         if token == self.work.rule.eos_token:
             self.done = True
@@ -70,6 +97,10 @@ class Sequence:
         """What was drawn, EOS left out."""
         return Decoded(np.array(self.drawn, dtype=np.int64), self.steps)
 
+    def close(self) -> None:
+        """Give the pages back."""
+        self.pool.pool.free(self.handle)
+
 
 def common_prefix(a: Items[int], b: Items[int]) -> int:
     """Number of leading tokens a and b share."""
@@ -77,3 +108,10 @@ def common_prefix(a: Items[int], b: Items[int]) -> int:
         if x != y:
             return index
     return min(len(a), len(b))
+
+
+def same_ids(a: IntArray | None, b: IntArray | None) -> bool:
+    """Whether both are None, or equal arrays."""
+    if a is None or b is None:
+        return a is b
+    return np.array_equal(a, b)

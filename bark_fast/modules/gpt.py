@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
-from bark_fast.modules.layer import Attend, Embedding, Layer, LayerNorm, Linear
+from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
 from bark_fast.ops import reference as ops
 
 
-class LayerCache(Protocol):
-    """Keys and values of one sequence, layer by layer."""
+class AttendLayer(Protocol):
+    """Attention of all rows of a step in one layer, over whatever cache the engine keeps."""
 
-    length: int
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (time, heads, head_dim) after `length`; return all keys and values, (heads, keys, head_dim)."""
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Store keys and values of the projection (rows, 3 * n_embd); return merged heads (rows, n_embd)."""
         ...
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows [start, stop) of a packed batch belong to the sequence of `cache`."""
-
-    start: int
-    stop: int
-    cache: LayerCache
 
 
 class GPT(nn.Module):
@@ -58,33 +46,16 @@ class GPT(nn.Module):
             x[row : row + len(extra)] += self.wte(extra)
         return x
 
-    def forward(self, x: Tensor, positions: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: AttendLayer) -> Tensor:
         """Hidden states (rows, n_embd) before the final norm.
 
-        x: token embeddings (rows, n_embd). positions: (rows,). Keys and values go into each segment's cache at
-        its `length`, which the caller advances afterwards.
+        x: token embeddings (rows, n_embd). positions: (rows,) int64.
         """
         x = x + self.wpe(positions)
         for index, layer in enumerate(self.layers):
-            x = layer(x, self._attend(index, segments))
+            x = layer(x, partial(attend, index))
         return x
 
     def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""
         return ops.linear(self.ln_f(hidden), self.head.weight[low:high])
-
-    def _attend(self, layer: int, segments: Sequence[Segment]) -> Attend:
-        heads, head_dim = self.config.n_head, self.config.head_dim
-
-        def attend(qkv: Tensor) -> Tensor:
-            query, key, value = qkv.view(len(qkv), 3, heads, head_dim).unbind(1)
-            merged = []
-            for part in segments:
-                rows = slice(part.start, part.stop)
-                keys, values = part.cache.append(layer, key[rows], value[rows])
-                # SDPA's fast paths want a batch dimension
-                seen = ops.attention(query[rows].transpose(0, 1)[None], keys[None], values[None], causal=True)
-                merged.append(seen[0].transpose(0, 1).reshape(part.stop - part.start, heads * head_dim))
-            return merged[0] if len(merged) == 1 else torch.cat(merged)
-
-        return attend

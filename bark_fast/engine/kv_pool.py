@@ -1,0 +1,111 @@
+"""The paged key-value cache of one model: page tensors, and the pool that says who owns which page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bark_fast.config import GPTConfig
+from bark_fast.engine.page_pool import make_pool
+from bark_fast.ops import paged_kv
+from bark_fast.ops import reference as ops
+
+PAGE_SIZE = 16
+MAX_PAGED_QUERIES = 8
+"""Sequences with at most this many new tokens attend over pages, longer ones over a contiguous view."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Where the new tokens of one step go and what they attend to. One for all layers.
+
+    counts, totals: new tokens and all keys of each sequence. On the device: slots (rows,) int64, block_tables
+    (sequences, pages) int32, lengths (sequences,) int32 as `totals`, query_starts (paged + 1,) int32 rows.
+    The first `paged` sequences attend over pages.
+    """
+
+    counts: list[int]
+    totals: list[int]
+    slots: Tensor
+    block_tables: Tensor
+    lengths: Tensor
+    query_starts: Tensor
+    paged: int
+
+
+class KVPool:
+    """Keys and values of one model in pages, per layer (num_pages, n_head, PAGE_SIZE, head_dim).
+
+    Page tensors are allocated once, for `num_pages`; a CPU commits their memory only as it is written.
+    """
+
+    def __init__(self, config: GPTConfig, device: torch.device, dtype: torch.dtype, num_pages: int) -> None:
+        shape = (num_pages, config.n_head, PAGE_SIZE, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.config, self.device = config, device
+        self.pool = make_pool(num_pages, PAGE_SIZE)
+        self.max_pages = -(-config.block_size // PAGE_SIZE)
+
+    def reserve(self, handles: Items[int], counts: Items[int]) -> StepBatch:
+        """Make room for `counts` new tokens of each sequence, all or none (OutOfPages), in one call.
+
+        Sequences of at most `MAX_PAGED_QUERIES` new tokens must come first. Pages that are written while
+        shared are copied first.
+        """
+        rows = sum(counts)
+        tables = np.empty((len(handles), self.max_pages), dtype=np.int32)
+        slots = np.empty(rows, dtype=np.int64)
+        lengths = np.empty(len(handles), dtype=np.int32)
+        copies = self.pool.step(
+            np.asarray(handles, dtype=np.int64), np.asarray(counts, dtype=np.int32), tables, slots, lengths
+        )
+        if len(copies):
+            pairs = self._tensor(copies)
+            for keys, values in zip(self.keys, self.values, strict=True):
+                paged_kv.copy_pages(keys, values, pairs)
+        paged = sum(count <= MAX_PAGED_QUERIES for count in counts)
+        starts = np.zeros(paged + 1, dtype=np.int32)
+        np.cumsum(counts[:paged], out=starts[1:])
+        return StepBatch(
+            list(counts),
+            lengths.tolist(),
+            self._tensor(slots),
+            self._tensor(tables),
+            self._tensor(lengths),
+            self._tensor(starts),
+            paged,
+        )
+
+    def attend(self, batch: StepBatch, layer: int, qkv: Tensor) -> Tensor:
+        """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""
+        heads, head_dim = self.config.n_head, self.config.head_dim
+        keys, values = self.keys[layer], self.values[layer]
+        paged_kv.append_kv(qkv, keys, values, batch.slots)
+        out = qkv.new_empty(len(qkv), heads * head_dim)
+        query = qkv.view(len(qkv), 3, heads, head_dim)[:, 0]
+        row = sum(batch.counts[: batch.paged])
+        if batch.paged:
+            paged_kv.paged_attention(
+                query[:row], keys, values, batch.block_tables[: batch.paged], batch.lengths[: batch.paged],
+                batch.query_starts, out[:row],
+            )  # fmt: skip
+        for index in range(batch.paged, len(batch.counts)):
+            count, total = batch.counts[index], batch.totals[index]
+            fresh = qkv[row : row + count].view(count, 3, heads, head_dim)
+            if total == count:
+                key, value = fresh[:, 1].transpose(0, 1), fresh[:, 2].transpose(0, 1)
+            else:
+                key, value = paged_kv.gather_kv(keys, values, batch.block_tables[index], total)
+            # SDPA's fast paths want a batch dimension
+            seen = ops.attention(fresh[:, 0].transpose(0, 1)[None], key[None], value[None], causal=True)
+            out[row : row + count] = seen[0].transpose(0, 1).reshape(count, -1)
+            row += count
+        return out
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

@@ -1,0 +1,54 @@
+"""On a GPU: the same noise, the same tokens as on the CPU, and low precision that speaks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bark_fast import Bark, SamplingParams
+from bark_fast.ops.noise import PhiloxNoise, philox4x32
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def gpu_bark(tiny_suno_dir):
+    """The tiny model in fp32 on the GPU."""
+    return Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32")
+
+
+def test_philox_words_are_the_same_bits_on_both_devices():
+    counter = tuple(torch.arange(1000) * 2654435761 % 2**32 + i for i in range(4))
+    on_gpu = philox4x32(tuple(c.cuda() for c in counter), 2**63 + 12345)
+    for cpu, gpu in zip(philox4x32(counter, 2**63 + 12345), on_gpu, strict=True):
+        assert torch.equal(cpu, gpu.cpu())
+
+
+def test_philox_noise_agrees_to_the_last_digit_of_the_logarithm():
+    cpu = PhiloxNoise(3, torch.device("cpu")).codes(0, 1, 5, 100, 1024)
+    gpu = PhiloxNoise(3, torch.device("cuda")).codes(0, 1, 5, 100, 1024).cpu()
+    assert torch.allclose(cpu, gpu, rtol=1e-6, atol=0)
+
+
+def test_tokens_equal_those_of_the_cpu(suno_bark, gpu_bark):
+    for seed in range(3):
+        cpu, gpu = (b.generate("Hello there.", seed=seed, max_seconds=1.0) for b in (suno_bark, gpu_bark))
+        assert np.array_equal(cpu.tokens.semantic, gpu.tokens.semantic)
+        assert np.array_equal(cpu.tokens.coarse, gpu.tokens.coarse)
+        assert np.array_equal(cpu.tokens.fine, gpu.tokens.fine)
+        assert np.abs(cpu.samples - gpu.samples).max() < 1e-3
+
+
+def test_greedy_tokens_equal_those_of_the_cpu(suno_bark, gpu_bark):
+    greedy = SamplingParams(temperature=0)
+    options = {"semantic": greedy, "coarse": greedy, "fine": greedy, "max_seconds": 1.0}
+    cpu, gpu = (b.generate("Hello there.", **options) for b in (suno_bark, gpu_bark))
+    assert np.array_equal(cpu.tokens.fine, gpu.tokens.fine)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_speaks(tiny_suno_dir, dtype):
+    bark = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype=dtype)
+    both = bark.generate(["Hello there.", "And more."], seed=[0, 1], max_seconds=0.5)
+    assert all(np.isfinite(audio.samples).all() and np.abs(audio.samples).max() > 0.01 for audio in both)
