@@ -1,8 +1,8 @@
 """Waste of the paged key-value cache over 200 utterances of mixed length at batch 32.
 
-The scheduler really runs them (tiny random weights, semantic and coarse stages); after every step the pools say how
-many tokens their pages could hold and how many they do. Beside it stands what a contiguous cache of full length for
-every open sequence would reserve at the same moments.
+The scheduler really runs them (tiny random weights, semantic and coarse stages); after every step the pools say
+how many tokens their pages could hold and how many they do. Beside it stands what a contiguous cache of full
+length for every open sequence would reserve at the same moments.
 
     python benchmarks/bench_kv_memory.py
 """
@@ -78,7 +78,9 @@ def main() -> None:
     print(f"{options.utterances} utterances of 1 to 13 s, batch {options.batch}, {len(paged)} steps")
     rows = []
     for name, waste in (("pages of 16", paged), ("contiguous, full length", contiguous)):
-        print(f"{name:26} waste {100 * np.mean(waste):5.1f} % of reserved bytes (worst step {100 * max(waste):.1f} %)")
+        print(
+            f"{name:26} waste {100 * np.mean(waste):5.1f} % of reserved bytes (worst step {100 * max(waste):.1f} %)"
+        )
         rows.append({"utterances": options.utterances, "batch": options.batch, "cache": name,
                      "unit": "waste / reserved bytes", "mean": float(np.mean(waste)), "max": max(waste),
                      **quantiles(waste)})  # fmt: skip

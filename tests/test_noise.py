@@ -64,6 +64,23 @@ class TestPhiloxNoise:
             assert torch.equal(alone[0], block[row])
         assert torch.equal(noise.codes(0, 3, 10, 1, 9)[0], block[0, :9])
 
+    def test_tokens_get_the_noise_of_their_step_in_any_order(self):
+        """Noise drawn ahead is that of the step, whatever was asked for before and however wide its window."""
+        rule = SamplingRule("hf", ((0, 1024), (1024, 2096)), 2096, temperature=1.0)
+        noise = PhiloxNoise(7, CPU)
+        for chunk, stream, step in [
+            (0, 1, 0),
+            (0, 1, 1),
+            (0, 1, 900),
+            (0, 1, 3),
+            (0, 2, 3),
+            (1, 2, 3),
+            (0, 1, 3),
+        ]:
+            low, high = rule.window(step)
+            expected = PhiloxNoise(7, CPU).codes(chunk, stream, step, 1, high - low)[0]
+            assert torch.equal(noise.token(rule, chunk, stream, step), expected)
+
     def test_seed_chunk_stream_step_and_row_all_count(self):
         base = PhiloxNoise(7, CPU).codes(0, 3, 10, 2, 64)
         others = [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from bark_fast.modules.gpt import GPT
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN, sample, sample_codes
 from bark_fast.work import FinePass, FloatArray, IntArray, Vocode
+
+T = TypeVar("T")
 
 SEMANTIC_STREAM, COARSE_STREAM, FINE_STREAM = 0, 1, 16
 """Noise streams: one a stage, and for the fine stage one a codebook, FINE_STREAM + codebook."""
@@ -121,22 +124,24 @@ class EagerRunner:
         return running
 
     def _draw(self, gpt: GPT, hidden: Tensor, sequences: Items[Sequence]) -> list[int]:
-        """One token a row. Rows that draw from the same window share one pass of the head."""
-        by_window: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, seq in enumerate(sequences):
-            by_window[seq.work.rule.window(seq.step)].append(row)
+        """One token a row. Rows of one window share a pass of the head, and those of one rule a draw."""
         tokens = [INVALID_TOKEN] * len(sequences)
-        for (low, high), rows in by_window.items():
+        for (low, high), rows in _grouped(s.work.rule.window(s.step) for s in sequences).items():
             logits = gpt.logits(hidden if len(rows) == len(sequences) else hidden[rows], low, high)
-            drawn = []
-            for row, scores in zip(rows, logits, strict=True):
-                seq = sequences[row]
-                rule, eos = seq.work.rule, seq.work.rule.eos_token
-                noise = None if rule.greedy else seq.noise.token(rule, seq.work.chunk, seq.stream, seq.step)
-                drawn.append(sample(scores[None], noise, rule, None if eos is None else eos - low))
-            for row, token in zip(rows, torch.cat(drawn).tolist(), strict=True):
-                tokens[row] = token if token == INVALID_TOKEN else token + low
+            for rule, places in _grouped(sequences[row].work.rule for row in rows).items():
+                drawing = [rows[place] for place in places]
+                noise = None
+                if not rule.greedy:
+                    noise = torch.stack([self._noise(sequences[row]) for row in drawing])
+                scores = logits if len(places) == len(rows) else logits[places]
+                eos = None if rule.eos_token is None else rule.eos_token - low
+                for row, token in zip(drawing, sample(scores, noise, rule, eos).tolist(), strict=True):
+                    tokens[row] = token if token == INVALID_TOKEN else token + low
         return tokens
+
+    @staticmethod
+    def _noise(seq: Sequence) -> Tensor:
+        return seq.noise.token(seq.work.rule, seq.work.chunk, seq.stream, seq.step)
 
     @torch.inference_mode()
     def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
@@ -165,3 +170,11 @@ class EagerRunner:
 
     def _tensor(self, array: IntArray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:
+    """Places of each distinct key, in order."""
+    places: dict[T, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    return places
