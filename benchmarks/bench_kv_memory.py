@@ -78,9 +78,8 @@ def main() -> None:
     print(f"{options.utterances} utterances of 1 to 13 s, batch {options.batch}, {len(paged)} steps")
     rows = []
     for name, waste in (("pages of 16", paged), ("contiguous, full length", contiguous)):
-        print(
-            f"{name:26} waste {100 * np.mean(waste):5.1f} % of reserved bytes (worst step {100 * max(waste):.1f} %)"
-        )
+        mean, worst = 100 * np.mean(waste), 100 * max(waste)
+        print(f"{name:26} waste {mean:5.1f} % of reserved bytes (worst step {worst:.1f} %)")
         rows.append({"utterances": options.utterances, "batch": options.batch, "cache": name,
                      "unit": "waste / reserved bytes", "mean": float(np.mean(waste)), "max": max(waste),
                      **quantiles(waste)})  # fmt: skip
