@@ -30,7 +30,7 @@ SEED = 0
 
 
 def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Name -> a call that speaks once and returns an object with tokens and timings; missing peers are named."""
+    """Name -> a call that speaks once and returns tokens and timings; a missing peer is said and left out."""
     device, dtype, seconds = options.device, options.dtype, options.seconds
     calls: dict[str, Callable[[], Any]] = {}
 
