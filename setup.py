@@ -1,8 +1,8 @@
 """Build script: metadata lives in pyproject.toml; this compiles `bark_fast._C` from csrc/.
 
-The extension is optional. Whatever is missing (nvcc, ninja, a C++ compiler), the install goes on, and one line says
-what was built and what was left out. `bark-fast doctor` repeats it: from `_C.build_info()`, or from the file
-`_C_missing.txt` that is installed in place of `_C`.
+The extension is optional. Whatever is missing (nvcc, ninja, a C++ compiler), the install goes on, and one line
+says what was built and what was left out. `bark-fast doctor` repeats it: from `_C.build_info()`, or from the
+file `_C_missing.txt` that is installed in place of `_C`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def find_cxx() -> tuple[str, ...]:
 
 
 def find_cuda() -> Cuda:
-    """nvcc of CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel. BARK_FAST_CUDA is 0, or architectures ("90 100")."""
+    """nvcc of CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel. BARK_FAST_CUDA: 0, or architectures ("90 100")."""
     wanted = os.environ.get("BARK_FAST_CUDA", "").strip()
     archs = tuple(int(number) for number in re.findall(r"\d+", wanted)) or CUDA_ARCHS
     if not any(CSRC.glob("*.cu")):
