@@ -128,15 +128,17 @@ def plan(cxx: tuple[str, ...], cuda: Cuda, folder: Path, output: Path) -> tuple[
     isas = ["portable"] + [
         name for suffix, (name, _) in ISAS.items() if any(isa_of(s) == suffix for s in sources)
     ]
-    includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    python = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     defines = [*(["-DBARK_FAST_X86=1"] if IS_X86 else []), *(["-DBARK_FAST_CUDA=1"] if cuda.nvcc else [])]
     told = {"ISAS": ",".join(isas), "CUDA_ARCHS": cuda.describe(), "NO_CUDA": cuda.reason}
     facts = [f'-DBARK_FAST_BUILD_{name}="{value}"' for name, value in told.items()]
     steps = []
     for source in sources:
-        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *includes, *defines]
+        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}", *defines]
         flags += ISAS[isa_of(source)][1] if isa_of(source) else ()
         flags += facts if source.stem == "module" else ()
+        # only these meet Python; the rest stays up to date though build isolation moves pybind11 about
+        flags += python if source.stem == "module" or source.stem.endswith("_bindings") else ()
         steps.append(compile_step((*cxx, *flags), source, folder))
     linker: tuple[str, ...] = cxx
     if cuda.nvcc:

@@ -277,7 +277,7 @@ class TestOutOfPages:
         pool.extend(pool.create(), 6 * 16)
         before = [pool.pages(h).tolist() for h in (parent, *children)]
         arrays = Arrays.of([parent, *children], [1, 13, 0, 1])
-        # parent copies; child 0 copies and takes one more; child 1 waits; child 2 shares with child 1 and copies
+        # parent copies; child 0 copies and takes one more; child 1 waits; child 2, sharing with it, copies
         assert pool.pages_needed(arrays.handles, arrays.n_new) == 4
         if free < 4:
             with pytest.raises(OutOfPages, match=rf"wanted 4 pages; {free} of {8 + free} are free"):

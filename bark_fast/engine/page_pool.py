@@ -57,7 +57,7 @@ class PagePool(Protocol):
     operation returns (source, target), and the caller copies before it writes.
 
     Every method checks first and acts second: one that raises has changed nothing. `OutOfPages` is raised when
-    too few pages are free, `InvalidSequence` for a handle that is freed, from another pool or twice in one batch,
+    too few pages are free, `InvalidSequence` for a handle that is freed, another pool's or twice in one batch,
     `InvalidInput` for numbers and arrays out of bounds. Every method may be called from any thread.
     """
 
