@@ -1,8 +1,8 @@
 """Build script: metadata lives in pyproject.toml; this compiles `bark_fast._C` from csrc/.
 
-The extension is optional. Whatever is missing (nvcc, ninja, a C++ compiler), the install goes on, and one line says
-what was built and what was left out. `bark-fast doctor` repeats it: from `_C.build_info()`, or from the file
-`_C_missing.txt` that is installed in place of `_C`.
+The extension is optional. Whatever is missing (nvcc, ninja, a C++ compiler), the install goes on, and one line
+says what was built and what was left out. `bark-fast doctor` repeats it: from `_C.build_info()`, or from the
+file `_C_missing.txt` that is installed in place of `_C`.
 """
 
 from __future__ import annotations
@@ -89,12 +89,14 @@ def find_cxx() -> tuple[str, ...]:
 
 
 def find_cuda() -> Cuda:
-    """nvcc of CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel. BARK_FAST_CUDA is 0, or architectures ("90 100")."""
-    wanted = os.environ.get("BARK_FAST_CUDA", "").strip()
-    archs = tuple(int(number) for number in re.findall(r"\d+", wanted)) or CUDA_ARCHS
+    """nvcc of CUDA_HOME, PATH or the nvidia-cuda-nvcc wheel. BARK_FAST_CUDA: 0, 1 or architectures."""
+    wanted = os.environ.get("BARK_FAST_CUDA", "1").split()
+    if not all(word.isdecimal() for word in wanted):
+        raise SystemExit(f"BARK_FAST_CUDA={' '.join(wanted)} is neither 0, nor 1, nor a list such as '90 100'")
+    archs = CUDA_ARCHS if wanted in ([], ["1"]) else tuple(sorted(map(int, wanted)))
     if not any(CSRC.glob("*.cu")):
         return Cuda(reason="this version has no CUDA sources")
-    if wanted == "0":
+    if wanted == ["0"]:
         return Cuda(reason="BARK_FAST_CUDA=0")
     folders = [Path(home) / "bin" for home in [os.environ.get("CUDA_HOME")] if home]
     folders += [Path(folder) for folder in os.get_exec_path()]
@@ -128,37 +130,40 @@ def plan(cxx: tuple[str, ...], cuda: Cuda, folder: Path, output: Path) -> tuple[
     isas = ["portable"] + [
         name for suffix, (name, _) in ISAS.items() if any(isa_of(s) == suffix for s in sources)
     ]
-    includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    python = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
     defines = [*(["-DBARK_FAST_X86=1"] if IS_X86 else []), *(["-DBARK_FAST_CUDA=1"] if cuda.nvcc else [])]
     told = {"ISAS": ",".join(isas), "CUDA_ARCHS": cuda.describe(), "NO_CUDA": cuda.reason}
     facts = [f'-DBARK_FAST_BUILD_{name}="{value}"' for name, value in told.items()]
     steps = []
     for source in sources:
-        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *includes, *defines]
+        flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{CSRC}", *defines]
         flags += ISAS[isa_of(source)][1] if isa_of(source) else ()
         flags += facts if source.stem == "module" else ()
+        # only these meet Python; the rest stays up to date though build isolation moves pybind11 about
+        flags += python if source.stem == "module" or source.stem.endswith("_bindings") else ()
         steps.append(compile_step((*cxx, *flags), source, folder))
-    linker: tuple[str, ...] = cxx
-    if cuda.nvcc:
-        host = ("-ccbin", cxx[0]) if len(cxx) == 1 else ()
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda.archs]
-        codes.append(
-            f"-gencode=arch=compute_{cuda.archs[-1]},code=compute_{cuda.archs[-1]}"
-        )  # PTX for later GPUs
-        nvcc = (str(cuda.nvcc), *host)
-        for source in sorted(CSRC.glob("*.cu")):
-            steps.append(compile_step((*nvcc, *NVCC_FLAGS, *codes, f"-I{CSRC}", *defines), source, folder))
-        home = cuda.nvcc.parent.parent
-        libraries = [f"-L{home / name}" for name in ("lib64", "lib") if (home / name).is_dir()]
-        linker = (*nvcc, "-cudart", "static", *libraries)
+    if cuda.nvcc is None:
+        shared = ("-bundle", "-undefined", "dynamic_lookup") if IS_MAC else ("-shared", "-Wl,-s")
+        linker = (*cxx, *shared, "-pthread", *shlex.split(os.environ.get("LDFLAGS", "")))
+    else:
+        device_steps, linker = plan_cuda(cuda.nvcc, cxx, cuda.archs, defines, folder)
+        steps += device_steps
     objects = tuple(step.output for step in steps)
-    shared = ("-bundle", "-undefined", "dynamic_lookup") if IS_MAC else ("-shared",)
-    host_only = ("-pthread",) if IS_MAC else ("-pthread", "-Wl,-s")  # -s: no symbol table in the wheel
-    if cuda.nvcc:
-        host_only = tuple(f"-Xcompiler={flag.replace(',', chr(92) + ',')}" for flag in host_only)
-    extra = shlex.split(os.environ.get("LDFLAGS", ""))
-    link = (*linker, *shared, *host_only, *map(str, objects), *extra, "-o", str(output))
-    return [*steps, Step(link, objects, output)], isas
+    return [*steps, Step((*linker, *map(str, objects), "-o", str(output)), objects, output)], isas
+
+
+def plan_cuda(
+    path: Path, cxx: tuple[str, ...], archs: tuple[int, ...], defines: list[str], folder: Path
+) -> tuple[list[Step], tuple[str, ...]]:
+    """The CUDA sources' commands, and how to link with what they need."""
+    nvcc = (str(path), *(("-ccbin", cxx[0]) if len(cxx) == 1 else ()))
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX for later GPUs
+    compiler = (*nvcc, *NVCC_FLAGS, *codes, f"-I{CSRC}", *defines)
+    steps = [compile_step(compiler, source, folder) for source in sorted(CSRC.glob("*.cu"))]
+    home = path.parent.parent
+    libraries = [f"-L{home / name}" for name in ("lib64", "lib") if (home / name).is_dir()]
+    return steps, (*nvcc, "-shared", "-cudart", "static", "-Xcompiler=-pthread", "-Xlinker=-s", *libraries)
 
 
 def compile_step(compiler: tuple[str, ...], source: Path, folder: Path) -> Step:

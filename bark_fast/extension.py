@@ -37,9 +37,13 @@ def _attempt() -> tuple[ModuleType | None, str]:
     try:
         from bark_fast import _C
     except ImportError as error:
-        if find_spec("bark_fast._C") is not None:
+        if _is_there():
             return None, f"bark_fast._C does not load here ({error}); reinstall bark_fast"
         if MISSING.exists():
             return None, MISSING.read_text(encoding="utf-8").strip()
         return None, "bark_fast._C is not part of this build; reinstall bark_fast"
     return _C, ""
+
+
+def _is_there() -> bool:
+    return find_spec("bark_fast._C") is not None

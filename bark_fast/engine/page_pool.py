@@ -9,7 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import update_wrapper
 from itertools import count
 from threading import Lock
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -56,9 +56,9 @@ class PagePool(Protocol):
     Sequences that write into a page others also hold get a page of their own first (copy-on-write): the
     operation returns (source, target), and the caller copies before it writes.
 
-    Every method checks first and acts second: one that raises has changed nothing. `OutOfPages` is raised when too
-    few pages are free, `InvalidSequence` for a handle that is stale, freed, from another pool or twice in one
-    batch, `InvalidInput` for numbers and arrays out of bounds. Every method may be called from any thread.
+    Every method checks first and acts second: one that raises has changed nothing. `OutOfPages` is raised when
+    too few pages are free, `InvalidSequence` for a handle that is freed, another pool's or twice in one batch,
+    `InvalidInput` for numbers and arrays out of bounds. Every method may be called from any thread.
     """
 
     @property
@@ -107,7 +107,8 @@ class PagePool(Protocol):
         As if one sequence after another were extended; a sequence may be in the batch once. Written in place:
         block_tables (batch, max_pages) int32, entries past the last page -1; slots (sum of n_new) int64,
         page * page_size + offset of each new token, in batch order; lengths (batch) int32, after the step.
-        Elements must be contiguous, rows of block_tables may be strided. Returns the pages to copy (k, 2) int32.
+        Elements must be contiguous, rows of block_tables may be strided. Returns the (source, target) pages to
+        copy, (k, 2) int32.
         """
 
 
@@ -155,11 +156,11 @@ R = TypeVar("R")
 def _locked(
     method: Callable[Concatenate[PythonPagePool, P], R],
 ) -> Callable[Concatenate[PythonPagePool, P], R]:
-    @wraps(method)
-    def locked(self: PythonPagePool, *args: P.args, **kwargs: P.kwargs) -> R:
+    def locked(self: PythonPagePool, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._lock:
             return method(self, *args, **kwargs)
 
+    update_wrapper(locked, method)
     return locked
 
 
@@ -177,7 +178,7 @@ class PythonPagePool:
         self.num_pages, self.page_size = num_pages, page_size
         self._lock = Lock()
         self._free = list(reversed(range(num_pages)))
-        self._references = np.zeros(num_pages, np.int32)
+        self._references: Int32Array = np.zeros(num_pages, np.int32)
         self._sequences: dict[int, _Sequence] = {}
 
     @_locked
@@ -228,7 +229,7 @@ class PythonPagePool:
 
     @_locked
     def reference_counts(self) -> Int32Array:
-        return self._references.copy()
+        return np.array(self._references)
 
     @_locked
     def stats(self) -> PoolStats:
