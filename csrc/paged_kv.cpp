@@ -63,6 +63,7 @@ struct Job {
 
 // Below this many keys a part costs more to join than it gains.
 constexpr int32_t kLeastPart = 256;
+constexpr int32_t kPartGrain = 128;
 constexpr int kUnitsPerThread = 4;
 // Bytes of memory traffic under which waking a thread costs more than it saves.
 constexpr int64_t kLeastBytes = 64 * 1024;
@@ -108,8 +109,8 @@ void run_unit(const Attention& call, const Kernels& kernels, const Job& job, int
     if (job.parts == 1) return kernels.attend(call, unit);
     const int64_t size = partial_size(call.pages.head_dim), part_floats = size * job.rows;
     float* mine = partials + job.first_partial + head * part_floats * job.parts;
-    unit.first_key = part_start(job.keys, job.parts, part, kBlock);
-    unit.last_key = part_start(job.keys, job.parts, part + 1, kBlock);
+    unit.first_key = part_start(job.keys, job.parts, part, kPartGrain);
+    unit.last_key = part_start(job.keys, job.parts, part + 1, kPartGrain);
     unit.partial = mine + part * part_floats;
     unit.partial_stride = size;
     kernels.attend(call, unit);

@@ -78,7 +78,8 @@ bool use_isa(const char* name);
 #ifdef BARK_FAST_CUDA
 // Everything is enqueued on `stream`, nothing is allocated, nothing waits; errors are thrown as std::runtime_error.
 namespace cuda {
-// Bytes-free scratch: `partials` floats and `counters` zeroed ints, of the sizes split_* say. Null means no split.
+// Room to split the context over blocks: parts x rows x n_head x (head_dim + 2) floats and rows x n_head counters, zero
+// before the first launch and left at zero by each. For one stream at a time. Null: the context is not split.
 struct Scratch {
     float* partials;
     int32_t* counters;

@@ -7,7 +7,6 @@ namespace bark_fast {
 
 constexpr int kQueryTile = 8;  // query rows of one sequence that share a pass over its keys
 constexpr int kTile = 16;      // keys scored together; every page holds a whole number of tiles
-constexpr int kBlock = 128;    // keys between two updates of the running maximum
 
 // Query rows [row, row + rows) of sequence `seq` and one head against keys [first_key, last_key).
 struct Unit {

@@ -22,11 +22,26 @@ namespace {
 
 constexpr float kNone = -__builtin_inff();
 
-template <class T>
-struct Block {  // where the keys and values of up to kBlock tokens of one head lie
-    const T* k[kBlock / kTile];
-    const T* v[kBlock / kTile];
+// Keys between two updates of the running maximum: K and V of one block fit in a 48 KB L1 together.
+template <int D, class T>
+constexpr int kBlock = 16384 / (D * static_cast<int>(sizeof(T))) < 128 ? 16384 / (D * static_cast<int>(sizeof(T))) : 128;
+
+template <int D, class T>
+struct Block {  // where the keys and values of some tokens of one head lie, a tile at a time
+    int tiles = 0;
+    const T* k[kBlock<D, T> / kTile];
+    const T* v[kBlock<D, T> / kTile];
 };
+
+// Asks for a tile. Pages are too short for the hardware to see a stream; while keys are scored their values arrive, and
+// while values are summed the next block's keys do.
+template <int D, class T>
+BARK_FAST_INLINE void fetch_tile(const T* tile) {
+    const char* p = reinterpret_cast<const char*>(tile);
+    constexpr int kBytes = kTile * D * static_cast<int>(sizeof(T));
+#pragma GCC unroll 8
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
 
 // A query row as the dot product wants it.
 template <int D, class T>
@@ -79,7 +94,8 @@ struct Query<D, Brain> {
 
 // o[] = o[] * keep + sum of p[t] v[t] over the first `n` tokens of the block.
 template <int D, class T>
-BARK_FAST_INLINE void add_values(const Block<T>& block, const float* p, int n, float keep, float* o) {
+BARK_FAST_INLINE void add_values(const Block<D, T>& block, const Block<D, T>* next, const float* p, int n, float keep,
+                                 float* o) {
     constexpr int kVecs = D / W < 8 ? D / W : 8;  // vectors of o held in registers at once
     constexpr int kSets = 8 / kVecs;              // independent sums of them, to hide the latency of fma
     for (int c = 0; c < D; c += kVecs * W) {
@@ -99,6 +115,7 @@ BARK_FAST_INLINE void add_values(const Block<T>& block, const float* p, int n, f
         };
         for (int t0 = 0; t0 < n; t0 += kTile) {
             const T* v = block.v[t0 / kTile];
+            if (next && c == 0 && t0 / kTile < next->tiles) fetch_tile<D>(next->k[t0 / kTile]);
             const int count = n - t0 < kTile ? n - t0 : kTile;
             int t = 0;
             for (; t + kSets <= count; t += kSets) {
@@ -125,11 +142,13 @@ struct Row {  // running softmax of one query row
 };
 
 template <int D, class T>
-BARK_FAST_INLINE void step(const Query<D, T>& q, const Block<T>& block, int n, float scale, Row<D>& row) {
-    alignas(64) float p[kBlock];
+BARK_FAST_INLINE void step(const Query<D, T>& q, const Block<D, T>& block, const Block<D, T>* next, int n, float scale,
+                           Row<D>& row) {
+    alignas(64) float p[kBlock<D, T>];
     const int tiles = (n + kTile - 1) / kTile;
     Vec best = splat(kNone);
     for (int tile = 0; tile < tiles; ++tile) {
+        if (next) fetch_tile<D>(block.v[tile]);
         for (int t = 0; t < kTile; t += W) {
             const Vec s = Query<D, T>::dots(q, block.k[tile] + t * D) * scale;
             store(p + tile * kTile + t, s);
@@ -153,7 +172,7 @@ BARK_FAST_INLINE void step(const Query<D, T>& q, const Block<T>& block, int n, f
     const float keep = row.maximum == kNone ? 0.0f : exp2_nonpositive(splat(row.maximum - shift))[0];
     row.total = row.total * keep + sum_of(total);
     row.maximum = maximum;
-    add_values<D, T>(block, p, n, keep, row.o);
+    add_values<D, T>(block, next, p, n, keep, row.o);
 }
 
 template <int D, class T>
@@ -184,20 +203,27 @@ void attend(const Attention& call, const Unit& unit) {
         rows[r].maximum = kNone;
         rows[r].total = 0;
     }
-    for (int32_t first = unit.first_key; first < unit.last_key; first += kBlock) {
-        const int32_t last = first + kBlock < unit.last_key ? first + kBlock : unit.last_key;
-        Block<T> block;
-        for (int32_t t = first; t < last; t += kTile) {
+    const auto find = [&](int32_t first, Block<D, T>& block) {
+        const int32_t last = first + kBlock<D, T> < unit.last_key ? first + kBlock<D, T> : unit.last_key;
+        block.tiles = 0;
+        for (int32_t t = first; t < last; t += kTile, ++block.tiles) {
             const int32_t tile = t / kTile;
             const int64_t offset = table[tile >> shift] * page_step + head_offset +
                                    int64_t{tile & ((1 << shift) - 1)} * kTile * D;
-            block.k[(t - first) / kTile] = k_pages + offset;
-            block.v[(t - first) / kTile] = v_pages + offset;
+            block.k[block.tiles] = k_pages + offset;
+            block.v[block.tiles] = v_pages + offset;
         }
+    };
+    Block<D, T> blocks[2];
+    find(unit.first_key, blocks[0]);
+    for (int32_t first = unit.first_key, at = 0; first < unit.last_key; first += kBlock<D, T>, at ^= 1) {
+        const int32_t last = first + kBlock<D, T> < unit.last_key ? first + kBlock<D, T> : unit.last_key;
+        const Block<D, T>& block = blocks[at];
+        find(first + kBlock<D, T>, blocks[at ^ 1]);
         for (int r = 0; r < unit.rows; ++r) {
             const int32_t visible = visible_keys(call.lengths[unit.seq], seq_rows, unit.row + r - start);
             const int32_t end = visible < last ? visible : last;
-            if (end > first) step<D, T>(queries[r], block, end - first, scale, rows[r]);
+            if (end > first) step<D, T>(queries[r], block, r == 0 ? &blocks[at ^ 1] : nullptr, end - first, scale, rows[r]);
         }
     }
     for (int r = 0; r < unit.rows; ++r) {
