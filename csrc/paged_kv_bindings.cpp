@@ -211,6 +211,11 @@ void bind_paged_kv(py::module_& module) {
                py::arg("threads"), py::arg("stream"));
     module.def("swap_pages", &swap_pages, py::arg("source"), py::arg("destination"), py::arg("pairs"),
                py::arg("threads"), py::arg("stream"));
+#ifdef BARK_FAST_CUDA
+    module.attr("paged_kv_cuda") = true;
+#else
+    module.attr("paged_kv_cuda") = false;
+#endif
     module.def("paged_kv_isas", [] {
         py::list names;
         for (const char* const* name = cpu::isas(); *name; ++name) names.append(*name);
