@@ -1,0 +1,225 @@
+"""Operations on a paged key-value cache, on the CPU and on CUDA.
+
+K and V of one layer are tensors (num_pages, n_head, page_size, head_dim), contiguous, of one dtype (float32,
+float16 or bfloat16); page_size is 16, 32 or 64, head_dim 32, 64 or 128. A token's slot is page * page_size +
+offset. A sequence's row of a block table lists its pages in order; entries past its last token are not read.
+
+Called eagerly the functions go straight to the compiled extension (or, where it is missing, to the plain torch
+of `paged_kv_reference`); under torch.compile and other tracers to the operators `torch.ops.bark_fast.*`, which
+are registered with torch.library when this module is imported.
+
+Errors. On the CPU every argument is checked before anything is written: dtype, device, shape, strides, and each
+slot, length, row range and table entry that will be used; what is wrong raises ValueError with its name, value
+and bound. On CUDA the tables lie on the device and are not read back: a slot or pair out of range is skipped, a
+key on a page out of range counts as absent, a gathered token there becomes zeros. Nothing out of range is ever
+followed. CUDA also wants addresses and row strides in multiples of 16 bytes. No operation has a gradient.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bark_fast import extension
+from bark_fast.ops import paged_kv_reference as fallback
+
+MAX_PARTS = 32
+"""Parts a context is split into at most on CUDA; `attention_scratch` has room for them."""
+
+SCHEMAS = {
+    "append_kv": "(Tensor qkv, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()",
+    "paged_attention": (
+        "(Tensor query, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor lengths, "
+        "Tensor query_starts, Tensor(a!) out, float scale, Tensor(b!)? partials=None, "
+        "Tensor(c!)? counters=None) -> ()"
+    ),
+    "copy_pages": "(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor pairs) -> ()",
+    "gather_kv": "(Tensor pages, Tensor block_table, SymInt length, Tensor(a!) out) -> ()",
+    "swap_pages": "(Tensor source, Tensor(a!) destination, Tensor pairs) -> ()",
+}
+
+
+@cache
+def compiled(cuda: bool) -> ModuleType | None:
+    """The extension, if it has these operations for the device; None means plain torch runs."""
+    module = extension.load()
+    if module is None or not hasattr(module, "paged_attention") or (cuda and not module.paged_kv_cuda):
+        return None
+    return module
+
+
+def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Store the keys and values of new tokens in their pages.
+
+    qkv: (rows, 3 * n_head * head_dim), the packed projection q | k | v, rows any stride apart. slots: (rows,)
+    int64; -1 skips a row. Slots must be distinct: of two rows for one slot either may stay.
+    """
+    if _eager(k_pages):
+        _append_kv(qkv, k_pages, v_pages, slots)
+    else:
+        torch.ops.bark_fast.append_kv(qkv, k_pages, v_pages, slots)
+
+
+def paged_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    out: Tensor,
+    scale: float | None = None,
+    scratch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """softmax(scale * q k^T) v of each query row over the keys it may see, written to `out`, which is returned.
+
+    query: (rows, n_head, head_dim), rows any stride apart (a slice of the packed projection will do).
+    block_table: (seqs, columns) int32. lengths: (seqs,) int32, keys of each sequence, the new ones included.
+    query_starts: (seqs + 1,) int32, 0 to rows: rows [query_starts[s], query_starts[s + 1]) belong to sequence s
+    and are its last tokens (causal, aligned bottom-right; rows before the first key give zeros). out: (rows,
+    n_head * head_dim). scale: head_dim ** -0.5 unless given.
+
+    Products are summed in float32 whatever the dtype; the softmax is online (Milakov & Gimelshein, 2018). A
+    context is split over threads or blocks when there are few (sequence, head) pairs. On CUDA that needs
+    `scratch`, from `attention_scratch`, which calls on one stream may share; the split follows from shapes
+    alone, so a captured graph stays right when lengths change. At most 65,535 rows on CUDA.
+    """
+    if scale is None:
+        scale = k_pages.shape[-1] ** -0.5
+    partials, counters = scratch or (None, None)
+    arguments = (query, k_pages, v_pages, block_table, lengths, query_starts, out, scale, partials, counters)
+    if _eager(k_pages):
+        _paged_attention(*arguments)
+    else:
+        torch.ops.bark_fast.paged_attention(*arguments)
+    return out
+
+
+def attention_scratch(
+    rows: int, n_head: int, head_dim: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Room for `paged_attention` to split contexts on CUDA, up to `rows` rows: partial results, counters."""
+    pairs = rows * n_head
+    partials = torch.empty(MAX_PARTS * pairs * (head_dim + 2), dtype=torch.float32, device=device)
+    return partials, torch.zeros(pairs, dtype=torch.int32, device=device)
+
+
+def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
+    """Copy whole pages within K and V. pairs: (n, 2) int32 of (source, destination), carried out in order."""
+    if _eager(k_pages):
+        _copy_pages(k_pages, v_pages, pairs)
+    else:
+        torch.ops.bark_fast.copy_pages(k_pages, v_pages, pairs)
+
+
+def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor | None = None) -> Tensor:
+    """The first `length` tokens of one sequence, contiguous: (n_head, length, head_dim), in `out` if given.
+
+    pages: K or V pages. block_table: (columns,) int32, the sequence's row.
+    """
+    if out is None:
+        out = pages.new_empty(pages.shape[1], max(length, 0), pages.shape[3])
+    if _eager(pages):
+        _gather_kv(pages, block_table, length, out)
+    else:
+        torch.ops.bark_fast.gather_kv(pages, block_table, length, out)
+    return out
+
+
+def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    """Copy pages between two caches of one geometry, device to host, host to device or within one.
+
+    pairs: (n, 2) int32 on the CPU, (page of source, page of destination). With CUDA the copies are enqueued on
+    the device's current stream; host memory must be pinned for them to overlap, and left alone until they are
+    done.
+    """
+    if _eager(source):
+        _swap_pages(source, destination, pairs)
+    else:
+        torch.ops.bark_fast.swap_pages(source, destination, pairs)
+
+
+def _eager(tensor: Tensor) -> bool:
+    """No tracer is looking: skip the dispatcher, which costs more than the call."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _stream(tensor: Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
+
+
+def _append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    module = compiled(k_pages.is_cuda)
+    if module is None:
+        return fallback.append_kv(qkv, k_pages, v_pages, slots)
+    module.append_kv(qkv, k_pages, v_pages, slots, torch.get_num_threads(), _stream(k_pages))
+    return None
+
+
+def _paged_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    out: Tensor,
+    scale: float,
+    partials: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> None:
+    module = compiled(k_pages.is_cuda)
+    arguments = (query, k_pages, v_pages, block_table, lengths, query_starts, out, scale)
+    if module is None:
+        return fallback.paged_attention(*arguments)
+    module.paged_attention(*arguments, partials, counters, torch.get_num_threads(), _stream(k_pages))
+    return None
+
+
+def _copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
+    module = compiled(k_pages.is_cuda)
+    if module is None:
+        return fallback.copy_pages(k_pages, v_pages, pairs)
+    module.copy_pages(k_pages, v_pages, pairs, torch.get_num_threads(), _stream(k_pages))
+    return None
+
+
+def _gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
+    module = compiled(pages.is_cuda)
+    if module is None:
+        return fallback.gather_kv(pages, block_table, length, out)
+    module.gather_kv(pages, block_table, length, out, torch.get_num_threads(), _stream(pages))
+    return None
+
+
+def _swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    on_device = source if source.is_cuda else destination
+    module = compiled(on_device.is_cuda)
+    if module is None:
+        return fallback.swap_pages(source, destination, pairs)
+    module.swap_pages(source, destination, pairs, torch.get_num_threads(), _stream(on_device))
+    return None
+
+
+@cache
+def register() -> Any:
+    """Define the operators `torch.ops.bark_fast.*`, once; they live as long as the result."""
+    make: Any = torch.library.Library  # untyped in torch
+    library = make("bark_fast", "FRAGMENT")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
+        for key in ("CPU", "CUDA"):
+            library.impl(name, globals()[f"_{name}"], key)
+        torch.library.register_fake(f"bark_fast::{name}", _writes_in_place, lib=library)
+    return library
+
+
+def _writes_in_place(*arguments: object, **named: object) -> None:
+    """What the operators are to a tracer: they return nothing and change no shape."""
+
+
+register()

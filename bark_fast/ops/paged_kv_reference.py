@@ -1,0 +1,116 @@
+"""The paged key-value cache in plain torch: any device, any floating dtype, no compiled code.
+
+What `paged_kv` runs where the compiled extension is missing, and what it is tested against. Arguments are those
+of the functions of the same name there. Attention is computed by torch in the dtype of its inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bark_fast.ops import reference
+
+
+def check_values(name: str, values: Tensor, low: int, high: int) -> None:
+    """Raise ValueError for the first of `values` outside [low, high)."""
+    wrong = ((values < low) | (values >= high)).flatten().nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        value = int(values.flatten()[index])
+        raise ValueError(f"{name}[{index}] is {value}; expected a value in [{low}, {high})")
+
+
+def check_match(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `tensor` has this dtype and shape."""
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+
+
+def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """See `paged_kv.append_kv`."""
+    num_pages, n_head, page_size, head_dim = k_pages.shape
+    check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
+    check_match("qkv", qkv, k_pages.dtype, (len(qkv), 3 * n_head * head_dim))
+    check_match("slots", slots, torch.int64, (len(qkv),))
+    check_values("slots", slots, -1, num_pages * page_size)
+    rows = (slots >= 0).nonzero()[:, 0]
+    page, offset = slots[rows] // page_size, slots[rows] % page_size
+    _, key, value = qkv.view(len(qkv), 3, n_head, head_dim).unbind(1)
+    k_pages[page, :, offset] = key[rows]
+    v_pages[page, :, offset] = value[rows]
+
+
+def gathered(pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """The first `length` tokens of the pages in `table`: (n_head, length, head_dim)."""
+    _, n_head, page_size, head_dim = pages.shape
+    used = table[: -(-length // page_size)].long()
+    return pages[used].transpose(0, 1).reshape(n_head, len(used) * page_size, head_dim)[:, :length]
+
+
+def paged_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """See `paged_kv.paged_attention`."""
+    num_pages, n_head, page_size, head_dim = k_pages.shape
+    seqs, columns = block_table.shape
+    check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
+    check_match("query", query, k_pages.dtype, (len(query), n_head, head_dim))
+    check_match("out", out, k_pages.dtype, (len(query), n_head * head_dim))
+    check_match("block_table", block_table, torch.int32, (seqs, columns))
+    check_match("lengths", lengths, torch.int32, (seqs,))
+    check_match("query_starts", query_starts, torch.int32, (seqs + 1,))
+    check_values("lengths", lengths, 0, columns * page_size + 1)
+    starts, keys = query_starts.tolist(), lengths.tolist()
+    if starts[0] != 0 or starts[-1] != len(query) or starts != sorted(starts):
+        raise ValueError(f"query_starts is {starts}; expected 0 to {len(query)}, not decreasing")
+    for table, length in zip(block_table, keys, strict=True):
+        check_values("block_table", table[: -(-length // page_size)], 0, num_pages)
+    natural = head_dim**-0.5
+    for seq, length in enumerate(keys):
+        start, stop = starts[seq], starts[seq + 1]
+        blind = min(max(stop - start - length, 0), stop - start)  # rows before the first key
+        out[start : start + blind] = 0
+        if start + blind < stop:
+            key, value = (gathered(pages, block_table[seq], length) for pages in (k_pages, v_pages))
+            rows = query[start + blind : stop].transpose(0, 1) * (scale / natural)
+            seen = reference.attention(rows[None], key[None], value[None], causal=True)[0]
+            out[start + blind : stop] = seen.transpose(0, 1).flatten(1)
+
+
+def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
+    """See `paged_kv.copy_pages`."""
+    check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+    check_values("pairs", pairs, 0, len(k_pages))
+    for source, destination in pairs.tolist():
+        for pages in (k_pages, v_pages):
+            pages[destination] = pages[source]
+
+
+def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
+    """See `paged_kv.gather_kv`."""
+    num_pages, n_head, page_size, head_dim = pages.shape
+    if not 0 <= length <= len(block_table) * page_size:
+        raise ValueError(f"length is {length}; expected a value in [0, {len(block_table) * page_size}]")
+    check_match("out", out, pages.dtype, (n_head, length, head_dim))
+    check_values("block_table", block_table[: -(-length // page_size)], 0, num_pages)
+    out.copy_(gathered(pages, block_table, length))
+
+
+def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
+    """See `paged_kv.swap_pages`."""
+    check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+    check_match("destination", destination, source.dtype, (len(destination), *source.shape[1:]))
+    check_values("pairs[:, 0]", pairs[:, 0], 0, len(source))
+    check_values("pairs[:, 1]", pairs[:, 1], 0, len(destination))
+    for take, put in pairs.tolist():
+        destination[put].copy_(source[take], non_blocking=True)
