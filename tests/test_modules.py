@@ -169,12 +169,12 @@ def test_biases_are_used_when_a_checkpoint_has_them():
     torch.manual_seed(0)
     theirs = BarkCoarseModel(
         BarkCoarseConfig(
-            num_layers=2, num_heads=2, hidden_size=32, input_vocab_size=64, output_vocab_size=64, bias=True
+            num_layers=2, num_heads=2, hidden_size=64, input_vocab_size=64, output_vocab_size=64, bias=True
         )
     ).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    gpt = GPT(GPTConfig(2, 2, 32, 64, 64, bias=True))
+    gpt = GPT(GPTConfig(2, 2, 64, 64, 64, bias=True))
     state = theirs.state_dict()
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():

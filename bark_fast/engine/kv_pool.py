@@ -50,6 +50,10 @@ class KVPool:
         self.config, self.device = config, device
         self.pool = make_pool(num_pages, PAGE_SIZE)
         self.max_pages = -(-config.block_size // PAGE_SIZE)
+        self.scratch = None  # a GPU splits long contexts over blocks and needs room to put them together
+        if device.type == "cuda":
+            rows = MAX_PAGED_QUERIES * max(1, num_pages // self.max_pages)
+            self.scratch = paged_kv.attention_scratch(rows, config.n_head, config.head_dim, device)
 
     def reserve(self, handles: Items[int], counts: Items[int]) -> StepBatch:
         """Make room for `counts` new tokens of each sequence, all or none (OutOfPages), in one call.
@@ -92,7 +96,7 @@ class KVPool:
         if batch.paged:
             paged_kv.paged_attention(
                 query[:row], keys, values, batch.block_tables[: batch.paged], batch.lengths[: batch.paged],
-                batch.query_starts, out[:row],
+                batch.query_starts, out[:row], scratch=self.scratch,
             )  # fmt: skip
         for index in range(batch.paged, len(batch.counts)):
             count, total = batch.counts[index], batch.totals[index]
@@ -100,7 +104,8 @@ class KVPool:
             if total == count:
                 key, value = fresh[:, 1].transpose(0, 1), fresh[:, 2].transpose(0, 1)
             else:
-                key, value = paged_kv.gather_kv(keys, values, batch.block_tables[index], total)
+                table = batch.block_tables[index]
+                key, value = (paged_kv.gather_kv(pages, table, total) for pages in (keys, values))
             # SDPA's fast paths want a batch dimension
             seen = ops.attention(fresh[:, 0].transpose(0, 1)[None], key[None], value[None], causal=True)
             out[row : row + count] = seen[0].transpose(0, 1).reshape(count, -1)
