@@ -23,7 +23,11 @@ class Sequence:
         self.pool, self.noise, self.stream = pool, noise, stream
         self.handle = pool.pool.create()
         self.cached: list[int] = []
+        self.feed: list[int] = []
+        self.drawn: list[int] = []
         self.merged: IntArray | None = None
+        self.steps = 0
+        self.done = False
 
     def begin(self, work: Decode) -> None:
         """Take up `work`; keep what its prompt shares with the pages."""
@@ -38,8 +42,7 @@ class Sequence:
         self.pool.pool.truncate(self.handle, keep)
         self.cached, self.feed = prompt[:keep], prompt[keep:]
         self.work, self.merged = work, work.merged
-        self.drawn: list[int] = []
-        self.steps = 0
+        self.drawn, self.steps = [], 0
         self.done = work.max_new_tokens == 0
 
     def _shared_with(self, prompt: list[int], merged: IntArray | None) -> int:
