@@ -223,12 +223,16 @@ def run(command: tuple[str, ...]) -> None:
 class BuildExtension(build_ext):
     """Builds `_C` with the commands above, or writes down why it could not."""
 
+    def run(self) -> None:
+        self.beside_sources = bool(self.inplace)  # an editable install, or --inplace; run() clears it meanwhile
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         missing = "_C_missing.txt"
         output.parent.mkdir(parents=True, exist_ok=True)
         stale = [output.parent / missing]
-        if self._wants_inplace():
+        if self.beside_sources:
             stale += [ROOT / "bark_fast" / missing, *(ROOT / "bark_fast").glob(f"_C*{output.suffix}")]
         for path in [output, *stale]:
             path.unlink(missing_ok=True)
@@ -240,10 +244,6 @@ class BuildExtension(build_ext):
                 (folder / missing).write_text(reason + "\n")
             said = f"_C left out: {reason}; the pure-Python pool is used instead"
         print(f"bark_fast: {said}", flush=True)
-
-    def _wants_inplace(self) -> bool:
-        """Whether the result is copied beside the sources: an editable install, or --inplace."""
-        return bool(self.editable_mode or self.inplace or "--inplace" in sys.argv)
 
     def _build(self, output: Path) -> str:
         """Build with CUDA where it can be, else without; say what was built."""

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from harness import append_rows
 
-from bark_fast.engine.page_pool import PagePool, PythonPagePool, make_pool
+from bark_fast.engine.page_pool import PagePool, make_pool
+from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.extension import load
 
 CSRC = Path(__file__).parent.parent / "csrc"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +60,17 @@ def test_an_extension_that_does_not_load_is_reported(forgetful, monkeypatch):
     monkeypatch.setattr(extension, "_is_there", lambda: True)
     assert extension.load() is None
     assert "does not load here" in extension.why_not()
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools is not installed")
+def test_without_a_compiler_the_build_goes_on_and_writes_down_why(tmp_path):
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path)
+    root = Path(__file__).parent.parent
+    env = os.environ | {"CXX": "/no/such/compiler"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    reason = "no C++ compiler found (install g++ or clang): CXX=/no/such/compiler cannot be run"
+    assert done.stdout.strip().endswith(
+        f"bark_fast: _C left out: {reason}; the pure-Python pool is used instead"
+    )
+    assert (tmp_path / "bark_fast" / "_C_missing.txt").read_text().strip() == reason

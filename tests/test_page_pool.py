@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bark_fast import extension
-from bark_fast.engine.page_pool import PythonPagePool, make_pool
+from bark_fast.engine.page_pool import make_pool
+from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.errors import InvalidInput, InvalidSequence, OutOfPages
 
 needs_extension = pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
