@@ -37,6 +37,8 @@ inline void check_shape(const TensorView& t, std::initializer_list<int64_t> shap
 
 // Dimensions from `first` on lie one after another in memory.
 inline void check_packed(const TensorView& t, int first) {
+    for (int i = 0; i < t.ndim; ++i)
+        if (t.shape[i] == 0) return;
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= first; --i) {
         if (t.shape[i] > 1 && t.strides[i] != stride)

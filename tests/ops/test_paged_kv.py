@@ -1,0 +1,382 @@
+"""The paged key-value cache: every operation against fp64, on every instruction set this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from paged_batches import Batch, attend, contiguous, make_batch
+from torch import Tensor
+
+from bark_fast import extension
+from bark_fast.ops import paged_kv
+from bark_fast.ops import paged_kv_reference as fallback
+
+C = extension.load()
+ISAS = C.paged_kv_isas() if C is not None else []
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FLOOR = {torch.float32: 2e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+"""About one rounding of the output: where torch happens to be exact, nobody else has to be."""
+EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 640, 1023, 1024]
+
+needs_compiled = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(params=[*ISAS, "plain torch"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every way this machine can compute, one after another."""
+    if request.param == "plain torch":
+        monkeypatch.setattr(paged_kv, "compiled", lambda cuda: None)
+        yield request.param
+    else:
+        before = C.paged_kv_isa()
+        C.use_paged_kv_isa(request.param)
+        yield request.param
+        C.use_paged_kv_isa(before)
+
+
+def bound(batch: Batch, truth: Tensor) -> float:
+    """Twice what torch errs in the same dtype, and a rounding."""
+    dtype = batch.qkv.dtype
+    return 2 * float((attend(batch, dtype).double() - truth).abs().max()) + FLOOR[dtype]
+
+
+def check(batch: Batch, scale: float | None = None) -> None:
+    out = paged_kv.paged_attention(*batch.arguments(), batch.out(), scale)
+    truth = attend(batch, torch.float64, scale)
+    error = float((out.double() - truth).abs().max())  # NaN, from a poisoned page, fails too
+    assert error <= bound(batch, truth), error
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_attention_is_as_exact_as_torch(isa: str, dtype: torch.dtype, head_dim: int, page_size: int) -> None:
+    check(make_batch(EDGES, n_head=2, head_dim=head_dim, page_size=page_size, dtype=dtype, spread=2.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_head", [12, 16])
+def test_several_query_rows_are_causal_bottom_right(isa: str, dtype: torch.dtype, n_head: int) -> None:
+    lengths = [1, 3, 16, 17, 65, 129, 300]
+    check(make_batch(lengths, [1, 3, 9, 2, 65, 8, 31], n_head=n_head, dtype=dtype, pad=24))
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_batches_of_one_to_sixty_four(isa: str, size: int) -> None:
+    check(make_batch([1 + 37 * seq % 200 for seq in range(size)], dtype=torch.bfloat16))
+
+
+def test_a_long_context_is_split_over_many_threads() -> None:
+    batch = make_batch([1024, 5], [3, 1], n_head=2)
+    truth = attend(batch, torch.float64)
+    for threads in (1, 2, 3, 16, 61):
+        if C is not None:
+            out = batch.out()
+            C.paged_attention(*batch.arguments(), out, 0.125, None, None, threads, 0)
+            assert float((out.double() - truth).abs().max()) <= bound(batch, truth)
+
+
+@needs_compiled
+def test_own_threads_compute_what_openmp_does() -> None:
+    batch = make_batch([700, 64, 257], n_head=12)
+    expected = paged_kv.paged_attention(*batch.arguments(), batch.out())
+    C.avoid_openmp(True)
+    try:
+        assert C.parallel_backend() == "threads"
+        for threads in (2, 5):
+            out = batch.out()
+            C.paged_attention(*batch.arguments(), out, 0.125, None, None, threads, 0)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    finally:
+        C.avoid_openmp(False)
+
+
+def test_rows_without_keys_are_zero(isa: str) -> None:
+    batch = make_batch([0, 2, 5], [2, 4, 0])
+    out = paged_kv.paged_attention(*batch.arguments(), batch.out())
+    assert (out[:4] == 0).all()
+    assert torch.allclose(out.double(), attend(batch, torch.float64), atol=1e-6)
+
+
+def test_sequences_may_share_pages(isa: str) -> None:
+    batch = make_batch([64, 50, 64])
+    batch.block_table[1, :3] = batch.block_table[0, :3]
+    batch.block_table[2] = batch.block_table[0]
+    check(batch)
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_the_tolerance_notices_a_mask_off_by_one(shift: int) -> None:
+    batch = make_batch([129, 300], [8, 31], dtype=torch.bfloat16)
+    truth = attend(batch, torch.float64)
+    assert float((attend(batch, torch.float64, shift=shift) - truth).abs().max()) > bound(batch, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tolerance_notices_a_scale_off_by_two_percent(dtype: torch.dtype) -> None:
+    batch = make_batch(EDGES, n_head=2, dtype=dtype, spread=2.0)
+    truth = attend(batch, torch.float64)
+    broken = paged_kv.paged_attention(*batch.arguments(), batch.out(), 1.02 * 64**-0.5)
+    assert float((broken.double() - truth).abs().max()) > bound(batch, truth)
+
+
+def test_the_tolerance_notices_a_wrong_page() -> None:
+    batch = make_batch([1024, 1024], dtype=torch.bfloat16)
+    truth = attend(batch, torch.float64)
+    limit = bound(batch, truth)
+    batch.block_table[0, 40] = batch.block_table[1, 40]
+    broken = paged_kv.paged_attention(*batch.arguments(), batch.out())
+    assert float((broken.double() - truth).abs().max()) > limit
+
+
+def test_nan_in_a_key_reaches_the_result(isa: str) -> None:
+    batch = make_batch([40, 40])
+    batch.k_pages[int(batch.block_table[0, 1]), 3, 2] = float("nan")
+    out = paged_kv.paged_attention(*batch.arguments(), batch.out()).view(2, 12, 64)
+    assert out[0, 3].isnan().all()
+    assert not out[1].isnan().any()
+    assert not out[0, 4:].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_append_writes_its_slots_and_nothing_else(isa: str, dtype: torch.dtype, page_size: int) -> None:
+    random = torch.Generator().manual_seed(1)
+    qkv = torch.randn(50, 3 * 12 * 64 + 8, generator=random).to(dtype)[:, 8:]
+    k_pages, v_pages = torch.randn(2, 9, 12, page_size, 64, generator=random).to(dtype)
+    slots = torch.randperm(9 * page_size, generator=random)[:50]
+    slots[7] = -1
+    expected = k_pages.clone(), v_pages.clone()
+    for row, slot in enumerate(slots.tolist()):
+        for which, pages in enumerate(expected):
+            if slot >= 0:
+                start = (which + 1) * 12 * 64
+                pages[slot // page_size, :, slot % page_size] = qkv[row, start : start + 768].view(12, 64)
+    paged_kv.append_kv(qkv, k_pages, v_pages, slots)
+    assert torch.equal(k_pages, expected[0])
+    assert torch.equal(v_pages, expected[1])
+
+
+def test_copies_of_pages_are_carried_out_in_order(isa: str) -> None:
+    k_pages, v_pages = torch.randn(2, 9, 12, 16, 64)
+    expected = k_pages.clone(), v_pages.clone()
+    pairs = torch.tensor([[0, 1], [1, 2], [5, 5], [2, 8]], dtype=torch.int32)
+    for source, destination in pairs.tolist():
+        for pages in expected:
+            pages[destination] = pages[source]
+    paged_kv.copy_pages(k_pages, v_pages, pairs)
+    assert torch.equal(k_pages, expected[0])
+    assert torch.equal(v_pages, expected[1])
+
+
+@pytest.mark.parametrize("length", [0, 1, 16, 17, 100])
+def test_gather_gives_a_sequence_in_order(isa: str, length: int) -> None:
+    batch = make_batch([length], dtype=torch.float16)
+    out = paged_kv.gather_kv(batch.v_pages, batch.block_table[0], length)
+    assert torch.equal(out, contiguous(batch.v_pages, batch.block_table[0], length))
+
+
+def test_swap_copies_between_caches(isa: str) -> None:
+    source, destination = torch.randn(4, 12, 16, 64), torch.zeros(7, 12, 16, 64)
+    paged_kv.swap_pages(source, destination, torch.tensor([[3, 0], [1, 6]], dtype=torch.int32))
+    assert torch.equal(destination[0], source[3])
+    assert torch.equal(destination[6], source[1])
+    assert not destination[1:6].any()
+
+
+def with_entry(tensor: Tensor, index: tuple[int, ...], value: int) -> Tensor:
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+BAD_ATTENTION = {
+    "query is float16": ("query", lambda t: t.half()),
+    "query has stride": ("query", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+    "query has shape": ("query", lambda t: t[:, :5]),
+    r"v_pages is bfloat16": ("v_pages", lambda t: t.bfloat16()),
+    "v_pages has shape": ("v_pages", lambda t: t[1:]),
+    "k_pages has stride": ("k_pages", lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+    "k_pages has page_size 8": ("k_pages", lambda t: t[:, :, :8].contiguous()),
+    "block_table is int64": ("block_table", lambda t: t.long()),
+    "block_table has stride": ("block_table", lambda t: t.T.contiguous().T),
+    r"block_table\[6\] is 99; .*\[0, 9\)": ("block_table", lambda t: with_entry(t, (1, 2), 99)),
+    r"block_table\[0\] is -1; ": ("block_table", lambda t: with_entry(t, (0, 0), -1)),
+    r"lengths\[1\] is 65; .*\[0, 65\)": ("lengths", lambda t: with_entry(t, (1,), 65)),
+    r"lengths\[0\] is -3; ": ("lengths", lambda t: with_entry(t, (0,), -3)),
+    r"lengths has shape \(1,\); .*\(2,\)": ("lengths", lambda t: t[:1]),
+    r"query_starts\[0\] is 1; ": ("query_starts", lambda t: with_entry(t, (0,), 1)),
+    r"query_starts\[1\] is 7; ": ("query_starts", lambda t: with_entry(t, (1,), 7)),
+    r"query_starts\[2\] is 1; ": ("query_starts", lambda t: with_entry(t, (2,), 1)),
+    "out has shape": ("out", lambda t: t[:-1]),
+    "out has row stride 0": ("out", lambda t: t[:1].expand(4, -1)),
+    "out is float64|out has an unsupported dtype": ("out", lambda t: t.double()),
+}
+
+
+@needs_compiled
+@pytest.mark.parametrize("message", BAD_ATTENTION)
+def test_attention_refuses_before_it_writes(message: str) -> None:
+    batch = make_batch([20, 60], [1, 3])
+    names = ("query", "k_pages", "v_pages", "block_table", "lengths", "query_starts", "out")
+    arguments = dict(zip(names, (*batch.arguments(), torch.full((4, 768), 7.0)), strict=True))
+    wrong, change = BAD_ATTENTION[message]
+    arguments[wrong] = change(arguments[wrong])
+    with pytest.raises(ValueError, match=message):
+        paged_kv.paged_attention(**arguments)
+    assert (arguments["out"] == 7).all()
+
+
+def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
+    qkv = torch.randn(3, 3 * 12 * 64)
+    k_pages, v_pages = torch.randn(2, 4, 12, 16, 64)
+    before = k_pages.clone(), v_pages.clone()
+    for slots in ([0, 1, 64], [5, -2, 3], [1, 2, 2**62]):
+        with pytest.raises(ValueError, match=r"slots\[\d\] is .*; expected a value in \[-1, 64\)"):
+            paged_kv.append_kv(qkv, k_pages, v_pages, torch.tensor(slots))
+    with pytest.raises(ValueError, match="qkv has shape"):
+        paged_kv.append_kv(qkv[:, 1:], k_pages, v_pages, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="slots is"):
+        paged_kv.append_kv(qkv, k_pages, v_pages, torch.tensor([1, 2, 3]).int())
+    for pairs in ([[0, 1], [0, 4]], [[0, 1], [-1, 2]]):
+        wrong = torch.tensor(pairs, dtype=torch.int32)
+        with pytest.raises(ValueError, match=r"pairs\[\d\] is .*; expected a value in \[0, 4\)"):
+            paged_kv.copy_pages(k_pages, v_pages, wrong)
+        with pytest.raises(ValueError, match="pairs"):
+            paged_kv.swap_pages(k_pages, v_pages, wrong)
+    table = torch.tensor([0, 4], dtype=torch.int32)
+    out = torch.full((12, 20, 64), 7.0)
+    with pytest.raises(ValueError, match=r"block_table\[1\] is 4; "):
+        paged_kv.gather_kv(k_pages, table, 20, out)
+    with pytest.raises(ValueError, match=r"length is 33; "):
+        paged_kv.gather_kv(k_pages, table, 33, out)
+    assert (out == 7).all()
+    assert torch.equal(k_pages, before[0])
+    assert torch.equal(v_pages, before[1])
+
+
+@needs_compiled
+def test_what_is_not_a_tensor_is_refused() -> None:
+    pages = torch.zeros(2, 12, 16, 64)
+    with pytest.raises(ValueError, match="pairs is not a tensor"):
+        C.copy_pages(pages, pages, [[0, 1]], 1, 0)
+    with pytest.raises(ValueError, match="instruction set 'mmx' is not available"):
+        C.use_paged_kv_isa("mmx")
+
+
+@needs_compiled
+def test_arrays_of_other_libraries_come_through_their_capsules() -> None:
+    import numpy as np
+
+    pages = torch.randn(3, 12, 16, 64)
+    out = np.zeros((12, 20, 64), dtype=np.float32)
+    table = np.array([2, 0], dtype=np.int32)
+    C.gather_kv(pages, table, 20, out, 1, 0)
+    assert torch.equal(torch.from_numpy(out), contiguous(pages, torch.from_numpy(table), 20))
+
+
+def test_operators_pass_opcheck() -> None:
+    batch = make_batch([20, 60], [1, 3])
+    clean = [pages.nan_to_num() for pages in (batch.k_pages, batch.v_pages)]
+    ops = torch.ops.bark_fast
+    query, _, _, table, lengths, starts = batch.arguments()
+    samples = [
+        (ops.append_kv, (batch.qkv, *clean, torch.tensor([1, 2, 3, -1]))),
+        (ops.paged_attention, (query, *clean, table, lengths, starts, torch.zeros(4, 768), 0.125)),
+        (ops.copy_pages, (*clean, torch.tensor([[0, 1]], dtype=torch.int32))),
+        (ops.gather_kv, (clean[0], table[1], 60, torch.zeros(12, 60, 64))),
+        (ops.swap_pages, (*clean, torch.tensor([[0, 1]], dtype=torch.int32))),
+    ]
+    for op, arguments in samples:
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_a_traced_function_calls_the_operators() -> None:
+    batch = make_batch([20, 60], [1, 3])
+
+    def step(qkv: Tensor, slots: Tensor, out: Tensor) -> Tensor:
+        paged_kv.append_kv(qkv, batch.k_pages, batch.v_pages, slots)
+        return paged_kv.paged_attention(*batch.arguments(), out) * 2
+
+    slots = torch.full((4,), -1)
+    expected = step(batch.qkv, slots, batch.out())
+    traced = torch.compile(step, backend="aot_eager", fullgraph=True)(batch.qkv, slots, batch.out())
+    assert torch.equal(traced, expected)
+
+
+def test_plain_torch_says_the_same_of_a_wrong_table() -> None:
+    batch = make_batch([20, 60], [1, 3])
+    table = with_entry(batch.block_table, (1, 2), 99)
+    with pytest.raises(ValueError, match=r"block_table\[2\] is 99; expected a value in \[0, 9\)"):
+        fallback.paged_attention(
+            batch.query,
+            batch.k_pages,
+            batch.v_pages,
+            table,
+            batch.lengths,
+            batch.query_starts,
+            batch.out(),
+            0.125,
+        )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("split", [False, True])
+def test_gpu_attention_is_as_exact_as_torch(dtype: torch.dtype, head_dim: int, split: bool) -> None:
+    for page_size in (16, 64):
+        batch = make_batch(
+            EDGES, [min(3, n) for n in EDGES], n_head=2, head_dim=head_dim, page_size=page_size, dtype=dtype
+        )
+        on_gpu = batch.to("cuda")
+        scratch = paged_kv.attention_scratch(len(batch.qkv), 2, head_dim, "cuda") if split else None
+        truth = attend(batch, torch.float64)
+        for _ in range(2):  # counters are zero again after a launch
+            out = paged_kv.paged_attention(*on_gpu.arguments(), on_gpu.out(), scratch=scratch)
+            assert float((out.cpu().double() - truth).abs().max()) <= bound(batch, truth)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths() -> None:
+    batch = make_batch([1000], n_head=12).to("cuda")
+    out, scratch = batch.out(), paged_kv.attention_scratch(1, 12, 64, "cuda")
+    slots = torch.tensor([-1], device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_kv.append_kv(batch.qkv, batch.k_pages, batch.v_pages, slots)
+        paged_kv.paged_attention(*batch.arguments(), out, scratch=scratch)
+    for length in (1000, 17, 513):
+        batch.lengths.fill_(length)
+        graph.replay()
+        truth = attend(batch.to("cpu"), torch.float64)
+        assert float((out.cpu().double() - truth).abs().max()) < 1e-5
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_moves_are_exact_and_skip_what_is_out_of_range() -> None:
+    batch = make_batch([100], [5], dtype=torch.bfloat16)
+    on_gpu = batch.to("cuda")
+    slots = torch.tensor([3, -1, 17, 10**12, 40])
+    pairs = torch.tensor([[0, 1], [1, 2], [0, 99]], dtype=torch.int32)
+    paged_kv.append_kv(on_gpu.qkv, on_gpu.k_pages, on_gpu.v_pages, slots.cuda())
+    paged_kv.copy_pages(on_gpu.k_pages, on_gpu.v_pages, pairs.cuda())
+    paged_kv.append_kv(batch.qkv, batch.k_pages, batch.v_pages, torch.where(slots < 10**6, slots, -1))
+    paged_kv.copy_pages(batch.k_pages, batch.v_pages, pairs[:2])
+    for mine, theirs in ((on_gpu.k_pages, batch.k_pages), (on_gpu.v_pages, batch.v_pages)):
+        assert torch.equal(mine.cpu().nan_to_num(), theirs.nan_to_num())
+    gathered = paged_kv.gather_kv(on_gpu.v_pages, on_gpu.block_table[0], 100)
+    assert torch.equal(
+        gathered.cpu().nan_to_num(), contiguous(batch.v_pages, batch.block_table[0], 100).nan_to_num()
+    )
+    host = torch.empty_like(batch.k_pages).pin_memory()
+    every = torch.arange(len(host), dtype=torch.int32)[:, None].expand(-1, 2).contiguous()
+    paged_kv.swap_pages(on_gpu.k_pages, host, every)
+    torch.cuda.synchronize()
+    assert torch.equal(host.nan_to_num(), batch.k_pages.nan_to_num())
