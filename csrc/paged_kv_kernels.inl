@@ -189,12 +189,10 @@ void attend(const Attention& call, const Unit& unit) {
     const float scale = call.scale * 1.44269504088896341f;  // log2(e)
     const int32_t start = call.query_starts[unit.seq];
     const int32_t seq_rows = call.query_starts[unit.seq + 1] - start;
-    const int32_t* table = call.block_table + unit.seq * call.table_stride;
     int shift = 0;
     while ((kTile << shift) < call.pages.page_size) ++shift;
     const T* k_pages = static_cast<const T*>(call.k_pages);
     const T* v_pages = static_cast<const T*>(call.v_pages);
-    const int64_t head_offset = page_offset(call.pages, 0, unit.head, 0);
     const int64_t page_step = page_elements(call.pages);
 
     for (int r = 0; r < unit.rows; ++r) {
@@ -203,8 +201,10 @@ void attend(const Attention& call, const Unit& unit) {
         rows[r].maximum = kNone;
         rows[r].total = 0;
     }
-    const auto find = [&](int32_t first, Block<D, T>& block) {
-        const int32_t last = first + kBlock<D, T> < unit.last_key ? first + kBlock<D, T> : unit.last_key;
+    const auto find = [&](const Unit& of, int32_t first, Block<D, T>& block) {
+        const int32_t* table = call.block_table + of.seq * call.table_stride;
+        const int64_t head_offset = page_offset(call.pages, 0, of.head, 0);
+        const int32_t last = first + kBlock<D, T> < of.last_key ? first + kBlock<D, T> : of.last_key;
         block.tiles = 0;
         for (int32_t t = first; t < last; t += kTile, ++block.tiles) {
             const int32_t tile = t / kTile;
@@ -215,11 +215,14 @@ void attend(const Attention& call, const Unit& unit) {
         }
     };
     Block<D, T> blocks[2];
-    find(unit.first_key, blocks[0]);
+    find(unit, unit.first_key, blocks[0]);
     for (int32_t first = unit.first_key, at = 0; first < unit.last_key; first += kBlock<D, T>, at ^= 1) {
         const int32_t last = first + kBlock<D, T> < unit.last_key ? first + kBlock<D, T> : unit.last_key;
         const Block<D, T>& block = blocks[at];
-        find(first + kBlock<D, T>, blocks[at ^ 1]);
+        if (last == unit.last_key && unit.next)
+            find(*unit.next, unit.next->first_key, blocks[at ^ 1]);
+        else
+            find(unit, last, blocks[at ^ 1]);
         for (int r = 0; r < unit.rows; ++r) {
             const int32_t visible = visible_keys(call.lengths[unit.seq], seq_rows, unit.row + r - start);
             const int32_t end = visible < last ? visible : last;
