@@ -40,7 +40,7 @@ BARK_FAST_INLINE void fetch_tile(const T* tile) {
     const char* p = reinterpret_cast<const char*>(tile);
     constexpr int kBytes = kTile * D * static_cast<int>(sizeof(T));
 #pragma GCC unroll 8
-    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 3);
 }
 
 // A query row as the dot product wants it.
