@@ -149,7 +149,8 @@ void paged_attention(const Attention& call, int threads) {
     const Plan& shared = plan;  // thread_locals are not captured: name the caller's
     float* shared_partials = partials.data();
     // neighbouring heads lie next to each other in every page, so a thread takes a few at a time
-    const int64_t share = plan.units / (int64_t{threads} * kUnitsPerThread), grain = share < kMostUnits ? share : kMostUnits;
+    const int64_t share = plan.units / (int64_t{threads} * kUnitsPerThread);
+    const int64_t grain = share < kMostUnits ? share : kMostUnits;
     parallel_for(plan.units, grain, threads, [&, shared_partials](int64_t first, int64_t last) {
         size_t job = 0, high = shared.jobs.size();
         while (high - job > 1) {

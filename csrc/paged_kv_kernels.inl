@@ -2,7 +2,7 @@
 //
 // softmax(scale q K^T) V over tiles of 16 keys, which never cross a page. Scores of up to 128 keys are kept, then the
 // running maximum m, the sum l and the output o move on (online softmax, Milakov & Gimelshein 2018), in base 2: the
-// query is not scaled, the scores are, by scale * log2(e). All sums are fp32; products of bf16 and fp16 are exact in it.
+// scores are scaled by scale * log2(e). All sums are fp32, in which products of bf16 and fp16 are exact.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -24,7 +24,7 @@ constexpr float kNone = -__builtin_inff();
 
 // Keys between two updates of the running maximum: K and V of one block fit in a 48 KB L1 together.
 template <int D, class T>
-constexpr int kBlock = 16384 / (D * static_cast<int>(sizeof(T))) < 128 ? 16384 / (D * static_cast<int>(sizeof(T))) : 128;
+constexpr int kBlock = D * static_cast<int>(sizeof(T)) < 128 ? 128 : 16384 / (D * static_cast<int>(sizeof(T)));
 
 template <int D, class T>
 struct Block {  // where the keys and values of some tokens of one head lie, a tile at a time
@@ -196,7 +196,8 @@ void attend(const Attention& call, const Unit& unit) {
     const int64_t page_step = page_elements(call.pages);
 
     for (int r = 0; r < unit.rows; ++r) {
-        queries[r].read(static_cast<const T*>(call.query) + (unit.row + r) * call.query_stride + int64_t{unit.head} * D);
+        const T* query = static_cast<const T*>(call.query) + (unit.row + r) * call.query_stride;
+        queries[r].read(query + int64_t{unit.head} * D);
         for (int j = 0; j < D; ++j) rows[r].o[j] = 0;
         rows[r].maximum = kNone;
         rows[r].total = 0;
@@ -226,7 +227,8 @@ void attend(const Attention& call, const Unit& unit) {
         for (int r = 0; r < unit.rows; ++r) {
             const int32_t visible = visible_keys(call.lengths[unit.seq], seq_rows, unit.row + r - start);
             const int32_t end = visible < last ? visible : last;
-            if (end > first) step<D, T>(queries[r], block, r == 0 ? &blocks[at ^ 1] : nullptr, end - first, scale, rows[r]);
+            const Block<D, T>* ahead = r == 0 ? &blocks[at ^ 1] : nullptr;
+            if (end > first) step<D, T>(queries[r], block, ahead, end - first, scale, rows[r]);
         }
     }
     for (int r = 0; r < unit.rows; ++r) {
@@ -261,7 +263,8 @@ void combine(const Attention& call, int32_t row, int32_t head, const float* part
 
 }  // namespace
 
-#define BARK_FAST_ROW(T) {{attend<32, T>, combine<32, T>}, {attend<64, T>, combine<64, T>}, {attend<128, T>, combine<128, T>}}
+#define BARK_FAST_BOTH(D, T) {attend<D, T>, combine<D, T>}
+#define BARK_FAST_ROW(T) {BARK_FAST_BOTH(32, T), BARK_FAST_BOTH(64, T), BARK_FAST_BOTH(128, T)}
 extern const KernelTable kernels;
 const KernelTable kernels = {BARK_FAST_ROW(float), BARK_FAST_ROW(Half), BARK_FAST_ROW(Brain)};
 
