@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from bark_fast.extension import describe, load
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -23,7 +25,7 @@ def backends() -> list[Backend]:
     return [
         Backend("torch", True, f"eager operations of torch {torch.__version__}"),
         Backend("triton", False, _why_no_triton(torch.cuda.is_available())),
-        Backend("extension", False, "bark_fast._C is not part of this build"),
+        Backend("extension", load() is not None, describe()),
     ]
 
 

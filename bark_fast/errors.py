@@ -33,3 +33,11 @@ class GenerationError(BarkFastError, RuntimeError):
 
 class HubUnreachable(CheckpointError):
     """The model hub cannot be reached and its files are not cached."""
+
+
+class InvalidSequence(InvalidInput):
+    """A page pool's handle is stale, freed, from another pool, or given twice."""
+
+
+class OutOfPages(BarkFastError, RuntimeError):
+    """A page pool has fewer free pages than an operation needs; nothing was changed."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from bark_fast import extension
 from bark_fast.voices import VoiceLibrary, load_voice
 
 COMMAND = [sys.executable, "-m", "bark_fast.cli"]
@@ -205,7 +206,7 @@ class TestOtherCommands:
             "device",
             "backend       torch: in use",
             "triton: off",
-            "extension: off",
+            f"extension: {'in use' if extension.load() else 'off'}, {extension.describe()}",
         ):
             assert word in done.stdout
 

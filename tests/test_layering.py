@@ -20,7 +20,7 @@ FLOORS = {
     "engine": 4,
     "modules": 3,
     "ops": 2, "backends": 2,
-    "kernels": 1,
+    "kernels": 1, "extension": 1,
     "config": 0, "sampling": 0, "work": 0, "audio": 0, "errors": 0,
 }  # fmt: skip
 ANNEX = {"text", "voices", "checkpoint", "make_checkpoint"}  # beside floor 5; they see floor 0 and one another

@@ -1,0 +1,49 @@
+"""The compiled extension `bark_fast._C`: loaded where it was built, and the reason where it was not."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+MISSING = Path(__file__).parent / "_C_missing.txt"
+"""Written by setup.py in place of `_C`: one line that says why."""
+
+
+def load() -> ModuleType | None:
+    """`bark_fast._C`, or None when this install has none; then `why_not` says why."""
+    return _attempt()[0]
+
+
+def why_not() -> str:
+    """Why `load` gives None; empty when it does not."""
+    return _attempt()[1]
+
+
+def describe() -> str:
+    """One line on what was built, as setup.py said it."""
+    module, reason = _attempt()
+    if module is None:
+        return f"{reason}; the pure-Python pool is used instead"
+    info = module.build_info()
+    archs = " ".join(info["cuda_archs"])
+    cuda = f" and CUDA ({archs})" if archs else f", without CUDA: {info['no_cuda']}"
+    return f"built by {info['compiler']} with CPU ({', '.join(info['isas'])}){cuda}"
+
+
+@cache
+def _attempt() -> tuple[ModuleType | None, str]:
+    try:
+        from bark_fast import _C
+    except ImportError as error:
+        if _is_there():
+            return None, f"bark_fast._C does not load here ({error}); reinstall bark_fast"
+        if MISSING.exists():
+            return None, MISSING.read_text(encoding="utf-8").strip()
+        return None, "bark_fast._C is not part of this build; reinstall bark_fast"
+    return _C, ""
+
+
+def _is_there() -> bool:
+    return find_spec("bark_fast._C") is not None

@@ -1,0 +1,76 @@
+"""What is said of the compiled extension is true."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from bark_fast import extension
+from bark_fast.backends import backends
+
+
+@pytest.fixture
+def forgetful():
+    """`load` tries anew in the test, and again after it."""
+    extension._attempt.cache_clear()
+    yield
+    extension._attempt.cache_clear()
+
+
+def extension_backend():
+    (backend,) = (b for b in backends() if b.name == "extension")
+    return backend
+
+
+@pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
+def test_what_was_built_is_reported():
+    info = extension.load().build_info()
+    assert extension.why_not() == ""
+    assert "portable" in info["isas"]
+    assert bool(info["cuda_archs"]) != bool(info["no_cuda"])
+    assert extension_backend().active
+    assert info["compiler"] in extension_backend().reason
+    assert ("without CUDA: " + info["no_cuda"] if info["no_cuda"] else "sm_90") in extension_backend().reason
+
+
+def test_the_reason_for_its_absence_is_reported(forgetful, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bark_fast._C", None)  # an import of it raises ImportError
+    monkeypatch.delattr("bark_fast._C", raising=False)
+    monkeypatch.setattr(extension, "_is_there", lambda: False)
+    monkeypatch.setattr(extension, "MISSING", tmp_path / "_C_missing.txt")
+    assert extension.load() is None
+    assert "not part of this build" in extension.why_not()
+    extension.MISSING.write_text("no C++ compiler found (install g++ or clang)\n")
+    extension._attempt.cache_clear()
+    assert extension.load() is None
+    assert not extension_backend().active
+    assert extension_backend().reason == (
+        "no C++ compiler found (install g++ or clang); the pure-Python pool is used instead"
+    )
+
+
+def test_an_extension_that_does_not_load_is_reported(forgetful, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bark_fast._C", None)
+    monkeypatch.delattr("bark_fast._C", raising=False)
+    monkeypatch.setattr(extension, "_is_there", lambda: True)
+    assert extension.load() is None
+    assert "does not load here" in extension.why_not()
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="setuptools is not installed")
+def test_without_a_compiler_the_build_goes_on_and_writes_down_why(tmp_path):
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path)
+    root = Path(__file__).parent.parent
+    env = os.environ | {"CXX": "/no/such/compiler"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    reason = "no C++ compiler found (install g++ or clang): CXX=/no/such/compiler cannot be run"
+    assert done.stdout.strip().endswith(
+        f"bark_fast: _C left out: {reason}; the pure-Python pool is used instead"
+    )
+    assert (tmp_path / "bark_fast" / "_C_missing.txt").read_text().strip() == reason
