@@ -65,6 +65,7 @@ struct Job {
 constexpr int32_t kLeastPart = 256;
 constexpr int32_t kPartGrain = 128;
 constexpr int kUnitsPerThread = 4;
+constexpr int64_t kMostUnits = 4;
 // Bytes of memory traffic under which waking a thread costs more than it saves.
 constexpr int64_t kLeastBytes = 64 * 1024;
 
@@ -102,22 +103,30 @@ void make_plan(const Attention& call, int threads, Plan& plan) {
     }
 }
 
-void run_unit(const Attention& call, const Kernels& kernels, const Job& job, int64_t index, float* partials,
-              std::atomic<int32_t>* left) {
+float* partials_of(const Attention& call, const Job& job, int32_t head, float* partials) {
+    return partials + job.first_partial + head * job.parts * job.rows * partial_size(call.pages.head_dim);
+}
+
+Unit unit_of(const Attention& call, const Job& job, int64_t index, float* partials) {
     const int32_t head = static_cast<int32_t>(index / job.parts), part = static_cast<int32_t>(index % job.parts);
-    Unit unit{job.seq, job.row, job.rows, head, 0, job.keys, nullptr, 0};
-    if (job.parts == 1) return kernels.attend(call, unit);
-    const int64_t size = partial_size(call.pages.head_dim), part_floats = size * job.rows;
-    float* mine = partials + job.first_partial + head * part_floats * job.parts;
-    unit.first_key = part_start(job.keys, job.parts, part, kPartGrain);
-    unit.last_key = part_start(job.keys, job.parts, part + 1, kPartGrain);
-    unit.partial = mine + part * part_floats;
-    unit.partial_stride = size;
-    kernels.attend(call, unit);
-    // the last part of a head to finish joins them all
+    Unit unit{job.seq, job.row, job.rows, head, 0, job.keys, nullptr, 0, nullptr};
+    if (job.parts > 1) {
+        unit.first_key = part_start(job.keys, job.parts, part, kPartGrain);
+        unit.last_key = part_start(job.keys, job.parts, part + 1, kPartGrain);
+        unit.partial_stride = partial_size(call.pages.head_dim);
+        unit.partial = partials_of(call, job, head, partials) + part * job.rows * unit.partial_stride;
+    }
+    return unit;
+}
+
+// The last part of a head to finish joins them all.
+void finish(const Attention& call, const Kernels& kernels, const Job& job, int32_t head, float* partials,
+            std::atomic<int32_t>* left) {
     if (left[job.first_unit + head * job.parts].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    const int64_t size = partial_size(call.pages.head_dim);
+    const float* first = partials_of(call, job, head, partials);
     for (int32_t r = 0; r < job.rows; ++r)
-        kernels.combine(call, job.row + r, head, mine + r * size, job.parts, part_floats);
+        kernels.combine(call, job.row + r, head, first + r * size, job.parts, size * job.rows);
 }
 
 }  // namespace
@@ -139,15 +148,30 @@ void paged_attention(const Attention& call, int threads) {
     const Kernels& kernels = kernels_for(call.dtype, call.pages.head_dim);
     const Plan& shared = plan;  // thread_locals are not captured: name the caller's
     float* shared_partials = partials.data();
-    parallel_for(plan.units, 1, threads, [&, shared_partials](int64_t first, int64_t last) {
-        size_t low = 0, high = shared.jobs.size();
-        while (high - low > 1) {
-            const size_t middle = (low + high) / 2;
-            (shared.jobs[middle].first_unit <= first ? low : high) = middle;
+    // neighbouring heads lie next to each other in every page, so a thread takes a few at a time
+    const int64_t share = plan.units / (int64_t{threads} * kUnitsPerThread);
+    const int64_t grain = share < kMostUnits ? share : kMostUnits;
+    parallel_for(plan.units, grain, threads, [&, shared_partials](int64_t first, int64_t last) {
+        size_t job = 0, high = shared.jobs.size();
+        while (high - job > 1) {
+            const size_t middle = (job + high) / 2;
+            (shared.jobs[middle].first_unit <= first ? job : high) = middle;
         }
-        for (int64_t unit = first; unit < last; ++unit) {
-            while (low + 1 < shared.jobs.size() && shared.jobs[low + 1].first_unit <= unit) ++low;
-            run_unit(call, kernels, shared.jobs[low], unit - shared.jobs[low].first_unit, shared_partials, left.get());
+        const auto unit_at = [&](size_t j, int64_t index) {
+            return unit_of(call, shared.jobs[j], index - shared.jobs[j].first_unit, shared_partials);
+        };
+        Unit unit = unit_at(job, first);
+        for (int64_t index = first; index < last; ++index) {
+            const Job& current = shared.jobs[job];
+            Unit next{};
+            if (index + 1 < last) {
+                if (job + 1 < shared.jobs.size() && shared.jobs[job + 1].first_unit <= index + 1) ++job;
+                next = unit_at(job, index + 1);
+                unit.next = &next;
+            }
+            kernels.attend(call, unit);
+            if (current.parts > 1) finish(call, kernels, current, unit.head, shared_partials, left.get());
+            unit = next;
         }
     });
 }

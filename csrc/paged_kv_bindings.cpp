@@ -47,7 +47,8 @@ void append_kv(py::handle qkv_, py::handle k_, py::handle v_, py::handle slots_,
 }
 
 void paged_attention(py::handle query_, py::handle k_, py::handle v_, py::handle table_, py::handle lengths_,
-                     py::handle starts_, py::handle out_, float scale, [[maybe_unused]] py::handle partials_, [[maybe_unused]] py::handle counters_,
+                     py::handle starts_, py::handle out_, float scale,
+                     [[maybe_unused]] py::handle partials_, [[maybe_unused]] py::handle counters_,
                      int threads, uintptr_t stream) {
     const TensorView query = tensor_view(query_, "query"), k = tensor_view(k_, "k_pages");
     const TensorView v = tensor_view(v_, "v_pages"), table = tensor_view(table_, "block_table");

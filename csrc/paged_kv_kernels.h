@@ -14,6 +14,7 @@ struct Unit {
     int32_t first_key, last_key;
     float* partial;  // null: write the result; else `rows` x partial_size(head_dim) floats: sums, maximum, total
     int64_t partial_stride;
+    const Unit* next;  // what this thread does afterwards, if known: its first keys are fetched ahead
 };
 
 static inline int64_t partial_size(int32_t head_dim) { return head_dim + 2; }

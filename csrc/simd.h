@@ -1,7 +1,7 @@
 // Vectors of floats for code that is compiled once per instruction set.
 //
-// Included inside the namespace that BARK_FAST_ISA names; width and intrinsics follow from the compiler's flags. All of it
-// is arithmetic on GCC/clang vector types, so the portable build is SSE2 on x86-64 and NEON on Arm. No standard
+// Included inside the namespace that BARK_FAST_ISA names; width and intrinsics follow from the compiler's flags. All is
+// arithmetic on GCC/clang vector types, so the portable build is SSE2 on x86-64 and NEON on Arm. No standard
 // library templates here or in what includes this: the linker keeps one copy of an inline function, and it must not
 // be one compiled for AVX-512.
 

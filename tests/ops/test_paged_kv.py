@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_own_threads_compute_what_openmp_does() -> None:
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
     finally:
         C.avoid_openmp(False)
+
+
+@needs_compiled
+def test_calls_from_several_python_threads_do_not_disturb_one_another() -> None:
+    batches = [make_batch([300 + 50 * seed, 64], [3, 1], seed=seed) for seed in range(4)]
+    expected = [paged_kv.paged_attention(*batch.arguments(), batch.out()) for batch in batches]
+
+    def often(which: int) -> bool:
+        batch = batches[which % 4]
+        results = [paged_kv.paged_attention(*batch.arguments(), batch.out()) for _ in range(20)]
+        return all(torch.allclose(result, expected[which % 4], atol=1e-6) for result in results)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(often, range(8)))
 
 
 def test_rows_without_keys_are_zero(isa: str) -> None:
