@@ -11,6 +11,7 @@ from torch import nn
 
 from bark_fast.audio import Audio, Tokens
 from bark_fast.checkpoint import Checkpoint, load_checkpoint
+from bark_fast.device import pick_device, pick_dtype
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Group, Scheduler, Utterance
 from bark_fast.errors import InvalidInput
@@ -36,11 +37,8 @@ Module = TypeVar("Module", bound=nn.Module)
 LONG_FORM_PAUSE = 0.25
 """Seconds of silence between the chunks of a long text."""
 
-_DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32,
-    "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-}  # fmt: skip
+MAX_SAMPLES = 1024
+"""Samples of one text that one call may ask for."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -55,9 +53,6 @@ class GenerateOptions(TypedDict, total=False):
     max_seconds: float | None
     long_form: bool
     progress: bool | ProgressCallback
-
-
-MAX_SAMPLES = 1024
 
 
 class Bark:
@@ -273,31 +268,6 @@ class Bark:
 
 
 _long_form = long_form  # `generate` has a parameter of this name
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device to run on. "auto" is a CUDA GPU when there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidInput(f"device {device!r} cannot be used ({reason}); try 'cpu' or 'auto'") from None
-    return chosen
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The weights' dtype. "auto" is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.float32
-    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in _DTYPES.values():
-        raise InvalidInput(f"dtype is {dtype!r}; choose one of auto, {', '.join(_DTYPES)}")
-    return chosen
 
 
 def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:

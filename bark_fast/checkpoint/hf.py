@@ -6,13 +6,14 @@ Sources of the format: transformers `models/bark` (configuration, generation con
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bark_fast.checkpoint.files import open_json, open_safetensors, open_torch, tensors_of
-from bark_fast.checkpoint.hf_generation import layout_of, stage_defaults
+from bark_fast.checkpoint.hf_generation import layout_of, section, stage_defaults
 from bark_fast.checkpoint.names import HF_PREFIX
 from bark_fast.checkpoint.opened import Opened, canonical_codec_name
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, Layout, ModelName
@@ -48,19 +49,7 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", "generation_config.json"))
 
 
-def section(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    """The object under `name`, empty when missing or null."""
-    value = content.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: {name} is a {type(value).__name__}; an object is wanted; download it again"
-        )
-    return value
-
-
-def _gpt_config(values: dict[str, Any], fine: bool) -> GPTConfig:
+def _gpt_config(values: Mapping[str, Any], fine: bool) -> GPTConfig:
     shared: dict[str, Any] = {
         "n_layer": values.get("num_layers", 12),
         "n_head": values.get("num_heads", 12),
@@ -77,7 +66,7 @@ def _gpt_config(values: dict[str, Any], fine: bool) -> GPTConfig:
     )
 
 
-def _codec_config(values: dict[str, Any], layout: Layout, path: Path) -> CodecConfig:
+def _codec_config(values: Mapping[str, Any], layout: Layout, path: Path) -> CodecConfig:
     fixed = {**_CODEC_FIXED, "codebook_dim": values.get("hidden_size", 128)}
     for name, wanted in fixed.items():
         found = values.get(name, wanted)

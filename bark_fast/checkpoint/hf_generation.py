@@ -53,7 +53,8 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def _section(content: Mapping[str, Any], name: str | None, path: Path) -> Mapping[str, Any]:
+def section(content: Mapping[str, Any], name: str | None, path: Path) -> Mapping[str, Any]:
+    """The object under `name` (the whole for None), empty when missing or null. Raises CheckpointError."""
     value = content if name is None else content.get(name)
     if value is None:
         return {}
@@ -68,7 +69,7 @@ def layout_of(content: Mapping[str, Any], path: Path) -> Layout:
     """The token layout in `content`, suno's where it says nothing. Raises CheckpointError."""
     chosen: dict[str, Any] = {}
     for name, theirs, ours in _LAYOUT:
-        value = _section(content, name, path).get(theirs)
+        value = section(content, name, path).get(theirs)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]  # eos_token_id may be a list
         if value is None:
@@ -113,9 +114,9 @@ def stage_defaults(content: Mapping[str, Any], path: Path) -> StageDefaults:
     """The sampling parameters `BarkModel.generate` would use with generation_config.json's `content`."""
     try:
         return StageDefaults(
-            semantic=_causal(_section(content, _SEMANTIC, path), path),
-            coarse=_causal(_section(content, _COARSE, path), path),
-            fine=_fine(_section(content, _FINE, path)),
+            semantic=_causal(section(content, _SEMANTIC, path), path),
+            coarse=_causal(section(content, _COARSE, path), path),
+            fine=_fine(section(content, _FINE, path)),
         )
     except InvalidInput as error:
         raise CheckpointError(f"{path}: {error}; correct it or download it again") from None
