@@ -28,6 +28,7 @@ fi
 part doctor 60 python3 -m bark_fast.cli doctor
 part tests 150 python3 -m pytest -m gpu -q -p no:cacheprovider
 part memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -m gpu -q -x tests/ops
+part paged-kv 60 python3 benchmarks/bench_paged_kv_cuda.py
 for dtype in float32 bfloat16; do
     part "e2e-$dtype" 150 python3 benchmarks/bench_e2e.py --device cuda --dtype "$dtype" --size small --seconds 5 --repeats 1
 done
