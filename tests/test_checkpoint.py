@@ -670,20 +670,24 @@ def test_hub_offline_is_one_line_and_a_cached_snapshot_is_enough(tiny_hf_dir: Pa
     assert run_offline(HUB_SCRIPT, tmp_path).startswith("HubUnreachable")
 
 
-def test_hub_prefers_safetensors_and_never_takes_sunos_files(
-    monkeypatch: pytest.MonkeyPatch,
+def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from fnmatch import fnmatch
 
     from bark_fast.checkpoint import hub
 
     wanted: list[str] = []
+    bars: list[Any] = []
     names = ["config.json", "pytorch_model.bin", "text.pt", "text_2.pt", "vocab.txt"]
     names += ["speaker_embeddings/x.npy", "speaker_embeddings_path.json"]
 
-    def download(repo: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def download(
+        repo: str, allow_patterns: list[str], local_files_only: bool = False, tqdm_class: Any = None
+    ) -> str:
         if local_files_only:
             raise FileNotFoundError
+        bars.append(tqdm_class)
         wanted[:] = [name for name in names if any(fnmatch(name, pattern) for pattern in allow_patterns)]
         return "/somewhere"
 
@@ -692,8 +696,12 @@ def test_hub_prefers_safetensors_and_never_takes_sunos_files(
     assert hub.fetch_repo("suno/bark") == Path("/somewhere")
     assert wanted == ["config.json", "pytorch_model.bin", "vocab.txt", "speaker_embeddings_path.json"]
     names.append("model.safetensors")
-    hub.fetch_repo("suno/bark")
+    hub.fetch_repo("suno/bark", progress=True)
     assert "model.safetensors" in wanted and "pytorch_model.bin" not in wanted
+    silent, shown = bars
+    assert shown is None  # the hub's own bar
+    assert list(silent(range(3), name="huggingface_hub.snapshot_download")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
 
 
 # --- memory ----------------------------------------------------------------------------------------------

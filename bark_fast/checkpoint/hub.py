@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,7 +77,18 @@ def _cached_snapshot(repo: str) -> Path | None:
     return folder if is_complete(folder) else None
 
 
-def fetch_repo(repo: str) -> Path:
+def _bar(shown: bool) -> Any:
+    """The progress bar class that the hub's client is to use: its own, or one that shows nothing."""
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return None if shown else Silent
+
+
+def fetch_repo(repo: str, progress: bool = False) -> Path:
     """The local folder of hub model `repo`: cached, else downloaded; safetensors where there are any.
 
     Never fetches suno's own .pt files nor the speaker embeddings that lie in the same repository.
@@ -89,7 +101,7 @@ def fetch_repo(repo: str) -> Path:
         names = _file_names(repo)
         safe = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
         patterns = [*_SMALL_FILES, *(_SAFETENSORS if safe else _BIN)]
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_bar(progress)))
     except Exception as error:  # the hub's client raises its HTTP library's own errors too
         raise _translate(error, repo) from None
 
@@ -110,7 +122,7 @@ def fetch_vocabulary() -> Path:
         raise _translate(error, what) from None
 
 
-def fetch_encodec(name: str) -> Path:
+def fetch_encodec(name: str, progress: bool = False) -> Path:
     """EnCodec's weights from torch hub's cache, downloaded there when missing; the name carries the hash."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.is_file():
@@ -118,7 +130,7 @@ def fetch_encodec(name: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         digest = name.removesuffix(".th").rpartition("-")[2]
-        torch.hub.download_url_to_file(ENCODEC_URL + name, str(path), hash_prefix=digest, progress=False)
+        torch.hub.download_url_to_file(ENCODEC_URL + name, str(path), hash_prefix=digest, progress=progress)
     except Exception as error:
         what = f"{name} (looked for beside the model files and as {path}; from {ENCODEC_URL}{name})"
         raise _translate(error, what) from None

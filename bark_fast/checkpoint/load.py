@@ -49,7 +49,7 @@ class Checkpoint:
     speaker_embeddings: Path | None
 
 
-def find_folder(source: str | Path) -> Path:
+def find_folder(source: str | Path, progress: bool = False) -> Path:
     """The local folder that `source` names; a hub id is downloaded unless cached. Raises CheckpointError."""
     if source == "suno" and isinstance(source, str):
         folder = cache_folder()
@@ -62,17 +62,17 @@ def find_folder(source: str | Path) -> Path:
     if path.exists():
         raise CheckpointError(f"{path} is a file; name the folder that holds it")
     if isinstance(source, str) and hub.is_hub_id(source):
-        return hub.fetch_repo(source)
+        return hub.fetch_repo(source, progress)
     raise CheckpointError(f"{path} does not exist; {_REMEDY}")
 
 
-def open_folder(folder: Path) -> Opened:
+def open_folder(folder: Path, progress: bool = False) -> Opened:
     """Open the checkpoint in `folder`, in whichever format it is; Hugging Face's where both are there."""
     try:
         if holds_hf_weights(folder):
             return open_hf(folder)
         if holds_suno_files(folder):
-            return open_suno(folder)
+            return open_suno(folder, progress)
         if (folder / "config.json").is_file():
             return open_hf(folder)  # says which weights it looked for
         if not any(folder.iterdir()):
@@ -117,9 +117,9 @@ def load_checkpoint(
 
     Weights go from memory-mapped files straight to `device` in `dtype` (the codec stays in float32), so host
     memory holds little more than the result. `models` limits which weights are loaded; the configuration is
-    complete either way. `progress` shows a bar on stderr. Raises CheckpointError for a checkpoint that is
-    missing, damaged, not finite or not Bark's (HubUnreachable when the hub cannot be asked), InvalidInput for
-    a dtype or model name that makes no sense.
+    complete either way. `progress` shows bars of downloads and loading on stderr. Raises CheckpointError for a
+    checkpoint that is missing, damaged, not finite or not Bark's (HubUnreachable when the hub cannot be asked),
+    InvalidInput for a dtype or model name that makes no sense.
     """
     if not dtype.is_floating_point:
         raise InvalidInput(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
@@ -127,7 +127,7 @@ def load_checkpoint(
         raise InvalidInput(
             f"models has {', '.join(sorted(map(repr, unknown)))}; choose from {', '.join(ALL_MODELS)}"
         )
-    opened = open_folder(find_folder(source))
+    opened = open_folder(find_folder(source, progress), progress)
     hf = opened.format == "hf"
     weights: dict[ModelName, dict[str, torch.Tensor]] = {}
     with _progress(_bytes_to_read(opened, models), progress) as report:

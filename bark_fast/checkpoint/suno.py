@@ -51,12 +51,12 @@ def _is_cache(folder: Path) -> bool:
     return folder.resolve() == cache_folder().resolve()
 
 
-def _encodec_file(folder: Path) -> Path:
+def _encodec_file(folder: Path, progress: bool) -> Path:
     """EnCodec's weights: in the folder, or for suno's cache, which has none, where encodec keeps them."""
     if (folder / ENCODEC_FILE).is_file():
         return folder / ENCODEC_FILE
     if _is_cache(folder):
-        return hub.fetch_encodec(ENCODEC_FILE)
+        return hub.fetch_encodec(ENCODEC_FILE, progress)
     raise CheckpointError(f"{folder} lacks {ENCODEC_FILE}; download it from {hub.ENCODEC_URL}{ENCODEC_FILE}")
 
 
@@ -105,10 +105,10 @@ def _open_model(path: Path, fine: bool) -> tuple[GPTConfig, dict[str, torch.Tens
     return config, {name: tensor for name, tensor in named.items() if not name.endswith(".attn.bias")}
 
 
-def open_suno(folder: Path) -> Opened:
+def open_suno(folder: Path, progress: bool = False) -> Opened:
     """Open the suno checkpoint in `folder`. Raises CheckpointError."""
     files = model_files(folder)
-    codec, tokenizer = _encodec_file(folder), _tokenizer_file(folder)
+    codec, tokenizer = _encodec_file(folder, progress), _tokenizer_file(folder)
     raw: dict[ModelName, dict[str, torch.Tensor]] = {}
     semantic, raw["semantic"] = _open_model(files["semantic"], fine=False)
     coarse, raw["coarse"] = _open_model(files["coarse"], fine=False)
