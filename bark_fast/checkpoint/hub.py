@@ -79,7 +79,7 @@ def _cached_snapshot(repo: str) -> Path | None:
 
 def _bar(shown: bool) -> Any:
     """The progress bar class that the hub's client is to use: its own, or one that shows nothing."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
