@@ -320,6 +320,28 @@ class TestSharedPages:
         assert same(together[2], plain[1])
         assert same(together[3], voiced)
 
+    @pytest.mark.parametrize(("same_history", "fed"), [(True, 157), (False, 257)])
+    def test_a_late_semantic_prompt_shares_under_an_equal_history_only(self, runner, same_history, fed):
+        """Its sums of text and history are right from the place on where the shared pages end."""
+        rng = np.random.default_rng(0)
+        text, history, other = rng.integers(0, 10_000, (3, 256))
+        parting = np.concatenate([text[:100], rng.integers(0, 10_000, 156)])
+        rule = SamplingRule("suno", ((0, 10_001),), 10_048, temperature=0.7)
+
+        def semantic(ids, merged, n):
+            return Decode("semantic", np.append(ids, 129_599), rule, n, merged=merged)
+
+        def first():
+            return (yield semantic(text, history, 30)).tokens
+
+        def late():
+            yield decode([10_500], 7)
+            return (yield semantic(parting, history if same_history else other, 10)).tokens
+
+        together = self.run_together(runner, [first(), late()], [0, 1])
+        assert runner.fed == (257 + 29) + 7 + (fed + 9)
+        assert np.array_equal(together[1], tokens_of(Counting(runner), late(), 1))
+
     def test_n_samples_are_those_of_consecutive_seeds(self, suno_bark):
         samples = suno_bark.generate("One.", n=3, seed=5, max_seconds=0.4)
         alone = [suno_bark.generate("One.", seed=5 + i, max_seconds=0.4) for i in range(3)]

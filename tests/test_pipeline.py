@@ -23,6 +23,7 @@ from bark_fast import (
     SamplingParams,
     TextTooLong,
 )
+from bark_fast.progress import ProgressBar
 from bark_fast.stages.semantic import max_tokens
 
 LONG = "This is a sentence of some length, spoken slowly. " * 40
@@ -181,8 +182,22 @@ class TestProgress:
         suno_bark.generate(["One.", "Two."], seed=0, max_seconds=0.5, progress=True)
         shown = capsys.readouterr().err
         assert "100%" in shown
-        assert "Warning" not in shown
         assert re.search(r"coarse \d+/\d+, \d+ tokens/s, real-time factor \d", shown)
+
+    def test_the_bar_never_passes_its_end(self, suno_bark, monkeypatch):
+        """tqdm would warn on the screen; rounding of the shares must not get there."""
+        filled = []
+        call = ProgressBar.__call__
+
+        def watched(bar, event):
+            call(bar, event)
+            filled.append(bar.bar.n)
+            assert bar.bar.n <= bar.bar.total
+
+        monkeypatch.setattr(ProgressBar, "__call__", watched)
+        suno_bark.generate(["One.", "Two."], seed=0, max_seconds=0.5, progress=True)
+        assert filled == sorted(filled)
+        assert filled[-1] == pytest.approx(200)
 
     def test_an_exception_in_the_callback_reaches_the_caller(self, suno_bark):
         def boom(event):
