@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from peers import HFPeer, SunoPeer
 
 from bark_fast.make_checkpoint import make_checkpoint
 from bark_fast.pipeline import Bark
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and sums keep one order
 

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bark_fast import extension
 from bark_fast.ops import paged_kv_reference as fallback
+from bark_fast.ops.dispatch import define, is_eager
 
 MAX_PARTS = 32
 """Parts a context is split into at most on CUDA; `attention_scratch` has room for them."""
@@ -58,7 +58,7 @@ def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> N
     qkv: (rows, 3 * n_head * head_dim), the packed projection q | k | v, rows any stride apart. slots: (rows,)
     int64; -1 skips a row. Slots must be distinct: of two rows for one slot either may stay.
     """
-    if _eager(k_pages):
+    if is_eager(k_pages):
         _append_kv(qkv, k_pages, v_pages, slots)
     else:
         torch.ops.bark_fast.append_kv(qkv, k_pages, v_pages, slots)
@@ -92,7 +92,7 @@ def paged_attention(
         scale = k_pages.shape[-1] ** -0.5
     partials, counters = scratch or (None, None)
     arguments = (query, k_pages, v_pages, block_table, lengths, query_starts, out, scale, partials, counters)
-    if _eager(k_pages):
+    if is_eager(k_pages):
         _paged_attention(*arguments)
     else:
         torch.ops.bark_fast.paged_attention(*arguments)
@@ -110,7 +110,7 @@ def attention_scratch(
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     """Copy whole pages within K and V. pairs: (n, 2) int32 of (source, destination), carried out in order."""
-    if _eager(k_pages):
+    if is_eager(k_pages):
         _copy_pages(k_pages, v_pages, pairs)
     else:
         torch.ops.bark_fast.copy_pages(k_pages, v_pages, pairs)
@@ -123,7 +123,7 @@ def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor | Non
     """
     if out is None:
         out = pages.new_empty(pages.shape[1], max(length, 0), pages.shape[3])
-    if _eager(pages):
+    if is_eager(pages):
         _gather_kv(pages, block_table, length, out)
     else:
         torch.ops.bark_fast.gather_kv(pages, block_table, length, out)
@@ -137,15 +137,10 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     the device's current stream; host memory must be pinned for them to overlap, and left alone until they are
     done.
     """
-    if _eager(source):
+    if is_eager(source):
         _swap_pages(source, destination, pairs)
     else:
         torch.ops.bark_fast.swap_pages(source, destination, pairs)
-
-
-def _eager(tensor: Tensor) -> bool:
-    """No tracer is looking: skip the dispatcher, which costs more than the call."""
-    return type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
 def _stream(tensor: Tensor) -> int:
@@ -205,21 +200,9 @@ def _swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     return None
 
 
-@cache
-def register() -> Any:
-    """Define the operators `torch.ops.bark_fast.*`, once; they live as long as the result."""
-    make: Any = torch.library.Library  # untyped in torch
-    library = make("bark_fast", "FRAGMENT")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
-        for key in ("CPU", "CUDA"):
-            library.impl(name, globals()[f"_{name}"], key)
-        torch.library.register_fake(f"bark_fast::{name}", _writes_in_place, lib=library)
-    return library
-
-
 def _writes_in_place(*arguments: object, **named: object) -> None:
     """What the operators are to a tracer: they return nothing and change no shape."""
 
 
-register()
+for _name, _signature in SCHEMAS.items():
+    define(_name + _signature, globals()[f"_{_name}"], _writes_in_place)

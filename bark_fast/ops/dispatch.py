@@ -1,0 +1,72 @@
+"""Which backend an operation runs on, and how operations are made known to torch's tracers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bark_fast.errors import InvalidInput
+
+Backend = Literal["auto", "torch", "triton"]
+
+_preferred: ContextVar[Backend] = ContextVar("preferred_backend", default="auto")
+
+
+@contextmanager
+def prefer(backend: Backend) -> Iterator[None]:
+    """Run operations on `backend` in this thread or task: for comparisons, tests and bug hunts.
+
+    "auto", the default, is Triton for tensors on a CUDA GPU where triton is installed, and torch elsewhere.
+    """
+    if backend not in get_args(Backend):
+        raise InvalidInput(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}")
+    token = _preferred.set(backend)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs Triton kernels."""
+    preferred = _preferred.get()
+    if preferred == "auto":
+        return tensor.is_cuda and has_triton()
+    return preferred == "triton"
+
+
+@cache
+def has_triton() -> bool:
+    """Whether triton is installed."""
+    return find_spec("triton") is not None
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """No tracer is looking: an operation may skip the dispatcher, which costs more than the call."""
+    return type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register `torch.ops.bark_fast.<name>` for CPU and CUDA tensors, for the life of the process.
+
+    schema: name and signature in torch's notation. fake: the same on shapes alone.
+    """
+    library = _library()
+    name = schema[: schema.index("(")]
+    library.define(schema, tags=(torch.Tag.needs_exact_strides,))
+    for key in ("CPU", "CUDA"):
+        library.impl(name, implementation, key)
+    torch.library.register_fake(f"bark_fast::{name}", fake, lib=library)
+
+
+@cache
+def _library() -> Any:
+    make: Any = torch.library.Library  # untyped in torch
+    return make("bark_fast", "FRAGMENT")

@@ -1,0 +1,218 @@
+"""Compile every Triton kernel at Bark's shapes for a GPU that need not be there, and say what came out.
+
+python benchmarks/compiled.py --arch 90 [--family attention]. Launchers are called on meta tensors, so that the
+kernels, constants and options are those a real call would use; Triton compiles them down to machine code and
+nothing is launched. Registers, spills, shared memory and instructions are read off the cubin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from production import FAMILIES, launches
+
+RESULTS = Path(__file__).parent / "results" / "compiled.csv"
+WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+SHARED_PER_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+REGISTERS_PER_PROCESSOR = 65_536
+MAX_BLOCKS_PER_PROCESSOR = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one launch as compiled: what it takes from the chip, and which instructions it has."""
+
+    family: str
+    launch: str
+    kernel: str
+    arch: int
+    grid: tuple[int, ...]
+    warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_memory_columns: int
+    scratch_bytes: int
+    tensor_core_instructions: int
+    wide_loads: int
+    wants_tensor_cores: bool
+    wants_wide_loads: bool
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a processor's warps that can be resident at once."""
+        registers_a_warp = -(-self.registers // 8) * 8 * 32
+        blocks = min(
+            WARPS_PER_PROCESSOR[self.arch] // self.warps,
+            REGISTERS_PER_PROCESSOR // (registers_a_warp * self.warps),
+            SHARED_PER_PROCESSOR[self.arch] // (self.shared_bytes + 1024),
+            MAX_BLOCKS_PER_PROCESSOR[self.arch],
+        )
+        return blocks * self.warps / WARPS_PER_PROCESSOR[self.arch]
+
+    def faults(self, shared_limit: int) -> list[str]:
+        """Why this could not be launched on the chip, or is not the code it ought to be."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > shared_limit:
+            found.append(f"wants {self.shared_bytes} bytes of shared memory, the chip has {shared_limit}")
+        if self.warps > 32:
+            found.append(f"has {self.warps} warps, a block holds 32")
+        if self.registers * 32 * self.warps > REGISTERS_PER_PROCESSOR:
+            found.append(f"wants {self.registers} registers in {self.warps} warps")
+        if self.tensor_memory_columns > 512:
+            found.append(f"wants {self.tensor_memory_columns} columns of tensor memory, the chip has 512")
+        if self.scratch_bytes:
+            found.append(f"wants {self.scratch_bytes} bytes of global scratch, which nobody allocates")
+        if any(not 0 < size < (2**31 if axis == 0 else 2**16) for axis, size in enumerate(self.grid)):
+            found.append(f"has grid {self.grid}")
+        if self.wants_tensor_cores and not self.tensor_core_instructions:
+            found.append("has no tensor-core instruction")
+        if self.wants_wide_loads and not self.wide_loads:
+            found.append("has no 128-bit load")
+        return found
+
+
+def inspect(cubin: bytes) -> dict[str, int]:
+    """Registers, spilled bytes and counts of instructions of a cubin with one kernel."""
+    from triton import backends
+
+    tools = Path(backends.__file__).parent / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run((*command, file.name), capture_output=True, text=True, check=True).stdout
+            for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
+        )
+    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    spilling = len(re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\d+ )?(?:STL|LDL)\b", code, re.MULTILINE))
+    return {
+        "registers": int(figures["REG"]),
+        "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
+        "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
+    }
+
+
+def compile_family(family: str, arch: int) -> list[Compiled]:
+    """Compile all launches of a family; a kernel that two launches share in every way is listed once."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from bark_fast.kernels.target import KNOWN, assume
+
+    class Offline:
+        """A driver that knows its target and has no device behind it."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+    made: list[tuple[Any, tuple[int, ...]]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        size = grid(options) if callable(grid) else grid
+        made.append((kernel, tuple(int(n) for n in size)))
+        return kernel
+
+    driver.set_active(Offline())
+    JITFunction.run = compile_only
+    results: list[Compiled] = []
+    seen: set[tuple[str, bool, bool]] = set()
+    with assume(KNOWN[arch]):
+        for launch in launches(family, torch.device("meta")):
+            made.clear()
+            launch.call()
+            if not made:
+                raise SystemExit(f"{family}: {launch.name} launched nothing")
+            for kernel, grid in made:
+                key = (kernel.metadata.hash, launch.tensor_cores, launch.streaming)
+                if key in seen:
+                    continue
+                seen.add(key)
+                results.append(
+                    Compiled(
+                        family=family, launch=launch.name, kernel=kernel.metadata.name, arch=arch, grid=grid,
+                        warps=kernel.metadata.num_warps, shared_bytes=kernel.metadata.shared,
+                        tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
+                        scratch_bytes=getattr(kernel.metadata, "global_scratch_size", 0) or 0,
+                        wants_tensor_cores=launch.tensor_cores, wants_wide_loads=launch.streaming,
+                        **inspect(kernel.asm["cubin"]),
+                    )
+                )  # fmt: skip
+    JITFunction.run = run
+    return results
+
+
+def table(compiled: list[Compiled]) -> list[dict[str, object]]:
+    """Rows for people and for the file under results/."""
+    from triton import __version__
+
+    return [
+        {
+            "triton": __version__, "arch": f"sm_{c.arch}", "family": c.family, "launch": c.launch,
+            "kernel": c.kernel, "grid": "x".join(map(str, c.grid)), "warps": c.warps, "registers": c.registers,
+            "shared_bytes": c.shared_bytes, "occupancy": f"{c.occupancy:.2f}",
+            "tensor_core_instructions": c.tensor_core_instructions, "wide_loads": c.wide_loads,
+            "spill_bytes": c.spill_bytes,
+        }
+        for c in compiled
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Compile, print, and on request write the table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(WARPS_PER_PROCESSOR)
+    )
+    parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--json", action="store_true", help="Print JSON for a program.")
+    parser.add_argument("--rows", action="store_true", help=f"Write {RESULTS.name} anew.")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise SystemExit("TRITON_INTERPRET is set, so Triton interprets and compiles nothing; unset it")
+    from bark_fast.kernels.target import KNOWN
+
+    compiled = [c for arch in options.arch for family in options.family for c in compile_family(family, arch)]
+    if options.json:
+        json.dump(
+            [{**asdict(c), "faults": c.faults(KNOWN[c.arch].shared_memory)} for c in compiled], sys.stdout
+        )
+        return
+    rows = table(compiled)
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+    if options.rows:
+        with RESULTS.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    faulty = [(c, fault) for c in compiled for fault in c.faults(KNOWN[c.arch].shared_memory)]
+    for c, fault in faulty:
+        print(f"FAULT sm_{c.arch} {c.family} {c.launch} {c.kernel}: {fault}")
+    raise SystemExit(1 if faulty else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The launches Bark's models make, by operation family: what must compile, and run, on every GPU named.
+
+A family is a module of this folder with `launches(device)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import cast
+
+import torch
+
+FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDTHS = {"small": (768, 12), "large": (1024, 16)}
+"""n_embd and n_head of Bark's two sizes; the head size is 64, the context 1,024."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel's launcher at a production shape.
+
+    name: shape and dtype, for tables. call: launches it, on tensors of the device given to `launches`.
+    tensor_cores: its matrix products must use them. streaming: its weights must be read 128 bits at a time.
+    """
+
+    name: str
+    call: Callable[[], object]
+    tensor_cores: bool = False
+    streaming: bool = False
+
+
+def launches(family: str, device: torch.device) -> Iterator[Launch]:
+    """All production launches of a family. device: "cuda" to run them, "meta" to compile them only."""
+    module = import_module(f"production.{family}")
+    return cast(Iterator[Launch], module.launches(device))

@@ -1,0 +1,62 @@
+"""What a launch table asks of a GPU, and the compile options all kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as launch tables see it.
+
+    arch: compute capability, 90 for 9.0. processors: streaming multiprocessors. shared_memory: bytes one block
+    may ask for.
+    """
+
+    arch: int
+    processors: int
+    shared_memory: int
+
+
+KNOWN = {
+    80: Target(80, 108, 166_912),  # A100
+    86: Target(86, 84, 101_376),  # RTX 3090
+    89: Target(89, 128, 101_376),  # RTX 4090
+    90: Target(90, 132, 232_448),  # H100, H200
+    100: Target(100, 148, 232_448),  # B200
+    120: Target(120, 170, 101_376),  # RTX 5090
+}
+"""One chip of each capability (CUDA programming guide, technical specifications)."""
+
+COMPILE = {"enable_fp_fusion": True}
+"""Passed with every launch: the default of this option differs between Triton versions."""
+
+_assumed: ContextVar[Target] = ContextVar("assumed_target", default=KNOWN[90])
+
+
+def target_of(device: torch.device) -> Target:
+    """The GPU behind `device`; for a device that is none (the interpreter, tracers), the one assumed."""
+    return _cuda_target(device.index) if device.type == "cuda" else _assumed.get()
+
+
+@contextmanager
+def assume(target: Target) -> Iterator[None]:
+    """Let launch tables see `target` where tensors lie on no GPU."""
+    token = _assumed.set(target)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@cache
+def _cuda_target(index: int | None) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
+    return Target(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)

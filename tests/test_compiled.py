@@ -1,0 +1,66 @@
+"""Every Triton kernel, at Bark's shapes, compiles for the GPUs we name and could be launched there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compiled import Compiled
+from production import FAMILIES
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_kernels_compile_and_fit(arch: int, family: str) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = (sys.executable, SCRIPT, "--arch", str(arch), "--family", family, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = json.loads(done.stdout)
+    assert compiled
+    for c in compiled:
+        print(
+            f"sm_{arch} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} registers "
+            f"{c['shared_bytes']:6} B shared {c['tensor_core_instructions']:4} mma {c['wide_loads']:3} wide"
+        )
+    assert not [(c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
+
+
+SOUND = Compiled(
+    family="f", launch="l", kernel="k", arch=90, grid=(8, 1, 1), warps=4, registers=64, spill_bytes=0,
+    shared_bytes=1024, tensor_memory_columns=0, scratch_bytes=0, tensor_core_instructions=1, wide_loads=1,
+    wants_tensor_cores=True, wants_wide_loads=True,
+)  # fmt: skip
+
+
+def test_a_sound_kernel_has_no_faults() -> None:
+    assert SOUND.faults(232_448) == []
+    assert SOUND.occupancy == 0.5  # 64 registers: 65,536 / (64 * 32 * 4) = 8 blocks of 4 warps
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"shared_bytes": 232_449}, "232449 bytes of shared memory"),
+        ({"warps": 33, "registers": 1}, "33 warps"),
+        ({"registers": 255, "warps": 16}, "255 registers"),
+        ({"tensor_memory_columns": 513}, "tensor memory"),
+        ({"scratch_bytes": 4}, "global scratch"),
+        ({"grid": (1, 65_536, 1)}, "grid"),
+        ({"grid": (0, 1, 1)}, "grid"),
+        ({"tensor_core_instructions": 0}, "no tensor-core"),
+        ({"wide_loads": 0}, "no 128-bit load"),
+    ],
+)
+def test_what_cannot_be_launched_is_named(change: dict[str, object], fault: str) -> None:
+    found = Compiled(**{**vars(SOUND), **change}).faults(232_448)
+    assert len(found) == 1 and fault in found[0]
