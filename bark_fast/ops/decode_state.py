@@ -14,6 +14,9 @@ from torch import Tensor
 
 from bark_fast.ops.dispatch import define, is_eager, uses_triton
 
+STEP = 1
+"""Column of `places` that holds the step."""
+
 
 @dataclass(frozen=True)
 class DecodeState:
@@ -21,16 +24,17 @@ class DecodeState:
 
     ids: (rows,) int64, the token each row feeds next. positions: (rows,) int64, where. lengths: (rows,) int32,
     keys it then sees, its own included; 0 where the row is idle. slots: (rows,) int64, where its key goes; -1
-    where idle. steps: (rows,) int64, index of its next draw. remaining: (rows,) int32, tokens it may still
-    draw; 0 is idle. eos: (rows,) int64, the token that ends it, -1 for none. block_tables: (rows, pages) int32.
-    drawn: (rows, ring) int32, the token of draw i at column i % ring.
+    where idle. places: (rows, 4) int64, where its next draw lies in its noise: seed, step, stream, chunk.
+    remaining: (rows,) int32, tokens it may still draw; 0 is idle. eos: (rows,) int64, the token that ends it,
+    -1 for none. block_tables: (rows, pages) int32. drawn: (rows, ring) int32, the token of step i at column
+    i % ring.
     """
 
     ids: Tensor
     positions: Tensor
     lengths: Tensor
     slots: Tensor
-    steps: Tensor
+    places: Tensor
     remaining: Tensor
     eos: Tensor
     block_tables: Tensor
@@ -48,12 +52,16 @@ class DecodeState:
             positions=full(0, rows),
             lengths=full(0, rows, dtype=torch.int32),
             slots=full(-1, rows),
-            steps=full(0, rows),
+            places=full(0, rows, 4),
             remaining=full(0, rows, dtype=torch.int32),
             eos=full(-1, rows),
             block_tables=full(-1, rows, pages, dtype=torch.int32),
             drawn=full(-1, rows, ring, dtype=torch.int32),
         )
+
+    def first(self, rows: int) -> DecodeState:
+        """The first `rows` rows, in the same memory."""
+        return DecodeState(*(tensor[:rows] for tensor in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order of the fields."""
@@ -74,17 +82,18 @@ def advance(state: DecodeState, tokens: Tensor, page_size: int) -> None:
 
 
 def _advance(
-    tokens: Tensor, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, steps: Tensor,
+    tokens: Tensor, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, places: Tensor,
     remaining: Tensor, eos: Tensor, block_tables: Tensor, drawn: Tensor, page_size: int,
 ) -> None:  # fmt: skip
     if uses_triton(tokens):
         from bark_fast.kernels import decode_state as kernels
 
         kernels.advance(
-            tokens, ids, positions, lengths, slots, steps, remaining, eos, block_tables, drawn, page_size
+            tokens, ids, positions, lengths, slots, places, remaining, eos, block_tables, drawn, page_size
         )
         return
     live = remaining > 0
+    steps = places[:, STEP]
     column = (steps % drawn.shape[1])[:, None]
     kept = torch.where(live[:, None], tokens[:, None].to(torch.int32), drawn.gather(1, column))
     drawn.scatter_(1, column, kept)
@@ -108,7 +117,7 @@ def _fake(*arguments: object) -> None:
 
 define(
     "advance(Tensor tokens, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!) lengths, Tensor(d!) slots, "
-    "Tensor(e!) steps, Tensor(f!) remaining, Tensor eos, Tensor block_tables, Tensor(g!) drawn, "
+    "Tensor(e!) places, Tensor(f!) remaining, Tensor eos, Tensor block_tables, Tensor(g!) drawn, "
     "SymInt page_size) -> ()",
     _advance,
     _fake,
