@@ -8,45 +8,15 @@ Not yet run anywhere: there was no GPU when it was written.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from bench_paged_kv import HEAD_DIM, Cache
+from gpu_timing import COLD_BYTES, copy_bandwidth, replay_times, require_gpu
 from harness import append_rows, quantiles
 
 from bark_fast.ops import paged_kv
 
-COLD_BYTES = 512 * 2**20
 SHAPES = [(1, 257), (1, 1024), (8, 1024), (64, 1024)]  # (batch, keys of each sequence)
-
-
-def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
-    """Seconds of each replay of a graph of `call`, by CUDA events."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return times[5:]
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * len(source) / quantiles(replay_times(lambda: target.copy_(source)))["p50"]
 
 
 def figures(batch: int, keys: int, n_head: int, dtype: torch.dtype) -> tuple[list[float], list[float], int]:
@@ -79,8 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    require_gpu()
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s")
     rows = []
