@@ -8,6 +8,7 @@ Not yet run anywhere: there was no GPU when it was written.
 from __future__ import annotations
 
 import argparse
+
 import torch
 import torch.nn.functional as F
 from bench_paged_kv import HEAD_DIM, Cache

@@ -1,4 +1,4 @@
-"""Times on a GPU, and the two rates that rooflines are drawn with: bytes copied and products summed a second."""
+"""Times on a GPU, and the two rates rooflines are drawn with: bytes copied and products summed a second."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Flash attention, forward: out = softmax(scale * q k^T) v, one block of queries a program.
 
-query (batch, heads, time, head_dim), key and value (batch, heads, keys, head_dim), each with its own strides and
-a unit last one, so that views of a packed projection are read where they lie. The softmax is online (Milakov &
-Gimelshein, 2018; blocked as in Dao, 2023) in base 2: scores, their maxima and sums and the output are float32,
-weights are rounded to the inputs' dtype for the second product. float32 is multiplied as float32, never TF32.
-Keys from a sequence's length on, and those its mask leaves out, are not read; nor is a block of keys that no query
-of the program may see.
+query (batch, heads, time, head_dim), key and value (batch, heads, keys, head_dim), each with its own strides
+and a unit last one, so that views of a packed projection are read where they lie. The softmax is online
+(Milakov & Gimelshein, 2018; blocked as in Dao, 2023) in base 2: scores, their maxima and sums and the output are
+float32, weights are rounded to the inputs' dtype for the second product. float32 is multiplied as float32, never
+TF32. Keys from a sequence's length on, and those its mask leaves out, are not read; nor is a block of keys that
+no query of the program may see.
 """
 
 from __future__ import annotations
@@ -33,18 +33,30 @@ class Blocks:
     stages: int
 
 
-def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: int) -> Blocks:
-    """The launch table. pairs: batch times heads."""
+def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: int, masked: bool) -> Blocks:
+    """The launch table. pairs: batch times heads. masked: every step takes a mask, which costs registers."""
     if dtype == torch.float32:
-        # no tensor cores: both operands of a product pass through registers, which bound the block
+        # no tensor cores: both operands of a product pass through registers, and wider blocks spill
         return Blocks(32, 32, 4, 2) if head_dim < 128 else Blocks(32, 16, 4, 2)
-    # A query costs the exponential unit as many cycles as the tensor cores (head_dim 64), so four groups of warps
-    # or more should share a processor, each in another phase: narrow steps leave room for them. Blocks of
-    # 128 queries read keys half as often, and are taken once 64 would not be needed to reach every processor.
-    many = pairs * triton.cdiv(time, 128) >= 2 * target.processors
-    if head_dim == 128:
-        return Blocks(128, 64, 8, 2) if many else Blocks(64, 64, 4, 2)
-    return Blocks(128, 64, 8, 3) if many else Blocks(64, 64, 4, 3)
+    # At head_dim 64 a score costs the exponential unit of a Hopper as many cycles as its tensor cores, and more
+    # on a Blackwell: several programs should share a processor, each in another phase, so no block is larger than
+    # lets two be resident. Blocks of 128 queries read keys half as often, and are taken once they alone give
+    # every processor two programs; below that (one utterance: 12 or 16 heads of 1,024 queries) blocks of 64
+    # reach more processors.
+    few = masked or pairs * triton.cdiv(time, 128) < 2 * target.processors
+    if target.arch < 90:
+        # mma.sync reads its operands from shared memory warp by warp: 32 queries a warp halve that traffic
+        return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, 4, 3)
+    if target.arch < 100:
+        return Blocks(64, 64, 4, 3) if few else Blocks(128, 64, 8, 3)
+    # tcgen05 leaves a row of scores with one thread of four warps: no reduction between threads
+    return Blocks(64, 64, 4, 2) if few else Blocks(128, 64, 4 if head_dim < 128 else 8, 2)
+
+
+@triton.jit
+def wide(x):
+    """x in 64 bits, also where the interpreter has it as Python's int."""
+    return tl.full([], 0, tl.int64) + x
 
 
 @triton.jit
@@ -127,15 +139,15 @@ def _attention_kernel(
     k_tile = columns[:, None] * k_time + dims[None, :]
     v_tile = columns[:, None] * v_time + dims[None, :]
     for start in range(0, every, BLOCK_N):
-        k = tl.load(key + start.to(tl.int64) * k_time + k_tile)
-        v = tl.load(value + start.to(tl.int64) * v_time + v_tile)
+        k = tl.load(key + wide(start) * k_time + k_tile)
+        v = tl.load(value + wide(start) * v_time + v_tile)
         maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc)
     for start in range(every, limit, BLOCK_N):
         present = start + columns < length
         if HAS_MASK:
             present &= tl.load(key_mask + batch * mask_batch + (start + columns) * mask_key, present, 0) != 0
-        k = tl.load(key + start.to(tl.int64) * k_time + k_tile, present[:, None], 0.0)
-        v = tl.load(value + start.to(tl.int64) * v_time + v_tile, present[:, None], 0.0)
+        k = tl.load(key + wide(start) * k_time + k_tile, present[:, None], 0.0)
+        v = tl.load(value + wide(start) * v_time + v_tile, present[:, None], 0.0)
         seen = present[None, :]
         if CAUSAL:
             seen = seen & (start + columns[None, :] < rows[:, None] + ahead)
@@ -159,10 +171,10 @@ def attention(
         return
     pairs = batch * heads
     target = target_of(query.device)
-    entry = blocks(target, head_dim, query.dtype, time, pairs)
+    entry = blocks(target, head_dim, query.dtype, time, pairs, key_mask is not None)
     blocks_m = triton.cdiv(time, entry.queries)
-    # A causal grid that does not fill the GPU twice over is resident at once: the second program a processor gets
-    # should be as short as its first is long. A larger grid evens out by itself if long programs come first.
+    # A causal grid that does not fill the GPU twice over is resident at once: the second program a processor
+    # gets should be as short as its first is long. A larger grid evens out if long programs come first.
     fits = pairs * blocks_m <= 2 * target.processors
     turn = min(blocks_m, max(1, target.processors // pairs)) if fits else blocks_m
     mask, ends = query if key_mask is None else key_mask, query if lengths is None else lengths

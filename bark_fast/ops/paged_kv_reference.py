@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bark_fast.ops import reference
+from bark_fast.ops import attention
 
 
 def check_values(name: str, values: Tensor, low: int, high: int) -> None:
@@ -83,7 +83,7 @@ def paged_attention(
         if start + blind < stop:
             key, value = (gathered(pages, block_table[seq], length) for pages in (k_pages, v_pages))
             rows = query[start + blind : stop].transpose(0, 1) * (scale / natural)
-            seen = reference.attention(rows[None], key[None], value[None], causal=True)[0]
+            seen = attention.reference(rows[None], key[None], value[None], causal=True)[0]
             out[start + blind : stop] = seen.transpose(0, 1).flatten(1)
 
 
