@@ -2,10 +2,10 @@
 
 query (batch, heads, time, head_dim), key and value (batch, heads, keys, head_dim), each with its own strides
 and a unit last one, so that views of a packed projection are read where they lie. The softmax is online
-(Milakov & Gimelshein, 2018; blocked as in Dao, 2023) in base 2: scores, their maxima and sums and the output are
-float32, weights are rounded to the inputs' dtype for the second product. float32 is multiplied as float32, never
-TF32. Keys from a sequence's length on, and those its mask leaves out, are not read; nor is a block of keys that
-no query of the program may see.
+(Milakov & Gimelshein, 2018; blocked as in Dao, 2023) in base 2: scores, their maxima and sums and the output
+are float32, weights are rounded to the inputs' dtype for the second product. float32 is multiplied as float32,
+never TF32. Keys from a sequence's length on, and those its mask leaves out, are not read; nor is a block of
+keys that no query of the program may see.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: 
         # no tensor cores: both operands of a product pass through registers, and wider blocks spill
         return Blocks(32, 32, 4, 2) if head_dim < 128 else Blocks(32, 16, 4, 2)
     # At head_dim 64 a score costs the exponential unit of a Hopper as many cycles as its tensor cores, and more
-    # on a Blackwell: several programs should share a processor, each in another phase, so no block is larger than
-    # lets two be resident. Blocks of 128 queries read keys half as often, and are taken once they alone give
-    # every processor two programs; below that (one utterance: 12 or 16 heads of 1,024 queries) blocks of 64
-    # reach more processors.
+    # on a Blackwell: several programs should share a processor, each in another phase, so no block is larger
+    # than lets two be resident. Blocks of 128 queries read keys half as often, and are taken once they alone
+    # give every processor two programs; below that (one utterance: 12 or 16 heads of 1,024 queries) blocks of
+    # 64 reach more processors.
     few = masked or pairs * triton.cdiv(time, 128) < 2 * target.processors
     if target.arch < 90:
         # mma.sync reads its operands from shared memory warp by warp: 32 queries a warp halve that traffic

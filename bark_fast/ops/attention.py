@@ -29,7 +29,7 @@ def attention(
     """softmax(scale * q k^T) v of every query over the keys it may see: (batch, heads, time, head_dim).
 
     query: (batch, heads, time, head_dim). key, value: (batch, heads, keys, head_dim). Strides are free but for
-    a unit last one: views of a packed projection (batch, time, 3, heads, head_dim) are read in place. All are of
+    a unit last one: views of a packed projection (batch, time, 3, heads, head_dim) are read in place. All of
     one dtype; Triton wants float32, float16 or bfloat16 and head_dim 32, 64 or 128.
 
     causal: aligned bottom-right, the last query sees every key; keys >= time. lengths: (batch,) int32 or int64,
