@@ -141,7 +141,7 @@ def _append_kernel(
     slot = tl.load(slots + row * slot_stride)
     place, there = slot_places(slot, num_pages, n_head, columns // HEAD_DIM, PAGE_SIZE, HEAD_DIM)
     place += columns % HEAD_DIM
-    inside = (columns < width) & there
+    inside = columns < tl.where(there, width, 0)
     source = qkv + row * qkv_row + width + columns
     tl.store(k_pages + place, tl.load(source, inside), inside)
     tl.store(v_pages + place, tl.load(source + width, inside), inside)
