@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from bark_fast.config import FineConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
 from bark_fast.ops import reference as ops
+from bark_fast.ops.attention import attention
 from bark_fast.ops.embedding import embed_codes
 
 
@@ -52,5 +53,5 @@ class FineGPT(nn.Module):
         batch, time, _ = qkv.shape
         heads, head_dim = self.config.n_head, self.config.head_dim
         query, key, value = qkv.view(batch, time, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        seen = ops.attention(query, key, value, causal=False)
+        seen = attention(query, key, value, causal=False)
         return seen.transpose(1, 2).reshape(batch, time, heads * head_dim)
