@@ -121,7 +121,7 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
             return GPUTarget("cuda", arch, 32)
 
         def get_current_device(self) -> int:
-            return 0
+            return arch  # kernels are cached by device: one that is compiled for sm_80 is not sm_90's
 
         def get_current_stream(self, device: int = 0) -> int:
             return 0
