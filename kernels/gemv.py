@@ -1,11 +1,11 @@
 """Linear layers of one to eight rows: act(LN(x) @ weight.T + bias) + residual, limited by the bytes of weights.
 
 x (rows, k), weight (n, k) as torch.nn.Linear keeps it, out (rows, n). A program takes BLOCK_N rows of the
-weight whole and issues all their loads, 16 bytes each, before it looks at x: an SM then has its share of a layer
-in flight at once (Little's law wants about 26 KB an SM on an H200), and the LayerNorm, which every program
-repeats on its few KB of x from the L2, hides behind them. Long rows are shared by the warps of a program, so
-narrow layers fill the chip without partial sums in memory. Multiply-adds and LayerNorm are fp32 throughout: the
-normalised row is not rounded.
+weight whole and issues all their loads, 16 bytes each, before it looks at x: an SM then has its share of a
+layer in flight at once (Little's law wants about 26 KB an SM on an H200), and the LayerNorm, which every
+program repeats on its few KB of x from the L2, hides behind them. Long rows are shared by the warps of a
+program, so narrow layers fill the chip without partial sums in memory. Multiply-adds and LayerNorm are fp32
+throughout: the normalised row is not rounded.
 """
 
 from __future__ import annotations

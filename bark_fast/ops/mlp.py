@@ -49,7 +49,8 @@ def layernorm_gelu_mlp(
 
 def _layernorm_gelu_mlp(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, fc_weight: Tensor, fc_bias: Tensor | None,
-    proj_weight: Tensor, proj_bias: Tensor | None, partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    proj_weight: Tensor, proj_bias: Tensor | None, partials: Tensor | None = None,
+    counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     if uses_triton(x):
         from bark_fast.kernels import mlp as kernels
@@ -66,7 +67,8 @@ def _layernorm_gelu_mlp(
 
 def _fake_layernorm_gelu_mlp(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, fc_weight: Tensor, fc_bias: Tensor | None,
-    proj_weight: Tensor, proj_bias: Tensor | None, partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    proj_weight: Tensor, proj_bias: Tensor | None, partials: Tensor | None = None,
+    counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 

@@ -149,8 +149,9 @@ def with_adjacent_columns(weight: Tensor) -> Tensor:
 
 
 def _norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gelu: bool,
-    partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor,
+    bias: Tensor | None = None, gelu: bool = False, partials: Tensor | None = None,
+    counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     if uses_triton(x):
         from bark_fast.kernels import norm_linear as kernels
@@ -165,8 +166,8 @@ def _norm_linear(
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool,
-    partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
+    partials: Tensor | None = None, counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     if uses_triton(x):
         from bark_fast.kernels import norm_linear as kernels
@@ -184,15 +185,16 @@ def _linear(
 
 
 def _fake_norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None, gelu: bool,
-    partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor,
+    bias: Tensor | None = None, gelu: bool = False, partials: Tensor | None = None,
+    counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _fake_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool,
-    partials: Tensor | None, counters: Tensor | None, pdl: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, gelu: bool = False,
+    partials: Tensor | None = None, counters: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
