@@ -169,7 +169,8 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, block_n)
     splits = 1
-    while splits < MAX_SPLITS and 4 * splits * tiles < 3 * target.processors and k >= 3 * block_k * splits:
+    most = MAX_SPLITS if rows <= 16 else 4  # partial sums grow with the rows, and soon outweigh the weight
+    while splits < most and 4 * splits * tiles < 3 * target.processors and k >= 3 * block_k * splits:
         splits *= 2
     return Tile(block_m, block_n, block_k, splits, warps, stages)
 

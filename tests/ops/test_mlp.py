@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,12 +14,20 @@ from torch import Tensor
 
 from bark_fast.config import GPTConfig
 from bark_fast.errors import InvalidInput
+from bark_fast.kernels.target import KNOWN, assume
 from bark_fast.modules.layer import Layer
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import linear_scratch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def few_processors() -> Iterator[None]:
+    """A small chip, so that small layers are not cut into programs of one line: the interpreter is slow."""
+    with assume(replace(KNOWN[90], processors=4)):
+        yield
 
 
 def weights(width: int, dtype: torch.dtype, device: str, biases: bool) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ pytest.importorskip("triton")
 gemv: Any
 matmul: Any
 from bark_fast.kernels import gemv, matmul, norm_linear  # noqa: E402
-from bark_fast.kernels.target import KNOWN  # noqa: E402
+from bark_fast.kernels.target import KNOWN, assume  # noqa: E402
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 DEVICES = ["cpu", GPU]
@@ -42,6 +43,13 @@ MATMUL = {
     "split, one part empty": matmul.Tile(32, 16, 32, 4, 4, 2),
     "square": matmul.Tile(64, 64, 64, 1, 4, 3),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_processors() -> Iterator[None]:
+    """A small chip, so that small layers are not cut into programs of one line: the interpreter is slow."""
+    with assume(replace(KNOWN[90], processors=4)):
+        yield
 
 
 def run(c: Case, plan: Any, **options: Any) -> Tensor:
