@@ -207,7 +207,8 @@ def main() -> None:
         raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
     shapes = [
         (layer, rows, getattr(torch, dtype))
-        for dtype in options.dtype for width in options.width for layer in layers(width) for rows in options.rows
+        for dtype in options.dtype for width in options.width
+        for layer in layers(width) for rows in options.rows
     ]  # fmt: skip
     if options.tune:
         arch = target_of(torch.device("cuda", torch.cuda.current_device())).arch
@@ -224,8 +225,8 @@ def main() -> None:
         for row in new:
             print(
                 f"{row['dtype']:9} {layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5} "
-                f"{row['backend']:14} {1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
-                f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
+                f"{row['backend']:14} {1e6 * row['p50']:8.2f} us "
+                f"{100 * row['share_of_copy_bandwidth']:5.1f} % of copy {100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
             )
     if not options.no_rows:
         print(f"rows appended to {append_rows('norm_linear', found)}")
