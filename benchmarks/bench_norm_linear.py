@@ -154,8 +154,9 @@ def candidates(layer: Layer, rows: int, dtype: torch.dtype) -> Iterator[kernels.
                 yield tile
     if rows <= 64:
         height = max(16, kernels.bucket(rows))
-        for n, k, splits in product((16, 32, 64), (64, 128), (1, 2, 4, 8)):
-            yield matmul.Tile(height, n, k, splits, 2 if n == 16 else 4, 4)
+        fused = (True, False) if layer.normed and rows <= matmul.MAX_NORM_ROWS else (True,)
+        for n, k, splits, inside in product((16, 32, 64), (64, 128), (1, 2, 4, 8), fused):
+            yield matmul.Tile(height, n, k, splits, 2 if n == 16 else 4, 4, inside)
     elif dtype != torch.float32:
         for (m, n, warps), k, splits in product(
             ((64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)), (32, 64), (1, 2, 4)
@@ -226,7 +227,8 @@ def main() -> None:
             print(
                 f"{row['dtype']:9} {layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5} "
                 f"{row['backend']:14} {1e6 * row['p50']:8.2f} us "
-                f"{100 * row['share_of_copy_bandwidth']:5.1f} % of copy {100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
+                f"{100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
+                f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
             )
     if not options.no_rows:
         print(f"rows appended to {append_rows('norm_linear', found)}")

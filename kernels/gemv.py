@@ -25,6 +25,16 @@ MAX_CHUNKS = 16
 
 
 @triton.jit
+def _chunks(row, k, columns, CHUNKS: tl.constexpr, EVEN: tl.constexpr):
+    """Loads of a row of x, or of LayerNorm's weights, in the pieces in which it is used."""
+    pieces = ()
+    for chunk in tl.static_range(CHUNKS):
+        here = chunk * columns.shape[0] + columns
+        pieces += (tl.load(row + here, EVEN | (here < k), 0.0),)
+    return pieces
+
+
+@triton.jit
 def _gemv_kernel(
     x, norm_weight, norm_bias, weight, bias, residual, out,
     n, k, x_stride, weight_stride, residual_stride, out_stride,
@@ -38,41 +48,43 @@ def _gemv_kernel(
     columns = tl.arange(0, BLOCK_K)
     tile = weight + first * weight_stride + line[:, None] * weight_stride + columns[None, :]
     weights = ()
-    gains = ()
-    shifts = ()
     for chunk in tl.static_range(CHUNKS):
         here = chunk * BLOCK_K + columns
         inside = present[:, None] & (EVEN | (here < k))[None, :]
         weights += (tl.load(tile + chunk * BLOCK_K, inside, 0.0, eviction_policy="evict_first"),)
-    for chunk in tl.static_range(CHUNKS):
-        here = chunk * BLOCK_K + columns
-        if HAS_NORM:
-            gains += (tl.load(norm_weight + here, EVEN | (here < k), 0.0),)
-        if HAS_NORM_BIAS:
-            shifts += (tl.load(norm_bias + here, EVEN | (here < k), 0.0),)
+    if HAS_NORM:
+        gains = _chunks(norm_weight, k, columns, CHUNKS, EVEN)
+    if HAS_NORM_BIAS:
+        shifts = _chunks(norm_bias, k, columns, CHUNKS, EVEN)
+    if HAS_BIAS:
+        offset = tl.load(bias + first + line, present, 0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     else:
         tl.debug_barrier()  # keeps the compiler from issuing the loads above after it has waited for x
+    ahead = _chunks(x, k, columns, CHUNKS, EVEN)
     for row in tl.static_range(ROWS):
-        values = ()
-        for chunk in tl.static_range(CHUNKS):
-            here = chunk * BLOCK_K + columns
-            values += (tl.load(x + row * x_stride + here, EVEN | (here < k), 0.0).to(tl.float32),)
+        values = ahead
+        if row + 1 < ROWS:
+            ahead = _chunks(x + (row + 1) * x_stride, k, columns, CHUNKS, EVEN)
+        if HAS_RESIDUAL:
+            added = tl.load(residual + row * residual_stride + first + line, present, 0.0).to(tl.float32)
         if HAS_NORM:
             total = tl.zeros([BLOCK_K], tl.float32)
             for chunk in tl.static_range(CHUNKS):
-                total += values[chunk]
+                total += values[chunk].to(tl.float32)
             mean = tl.sum(total, 0) / k
             total = tl.zeros([BLOCK_K], tl.float32)
             for chunk in tl.static_range(CHUNKS):
-                distance = tl.where(EVEN | (chunk * BLOCK_K + columns < k), values[chunk] - mean, 0.0)
+                distance = tl.where(
+                    EVEN | (chunk * BLOCK_K + columns < k), values[chunk].to(tl.float32) - mean, 0.0
+                )
                 total += distance * distance
             rstd = tl.rsqrt(tl.sum(total, 0) / k + EPS)
         sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for chunk in tl.static_range(CHUNKS):
-            y = values[chunk]
+            y = values[chunk].to(tl.float32)
             if HAS_NORM:
                 y = (y - mean) * rstd * gains[chunk].to(tl.float32)
             if HAS_NORM_BIAS:
@@ -80,11 +92,11 @@ def _gemv_kernel(
             sums += weights[chunk].to(tl.float32) * y[None, :]
         z = tl.sum(sums, 1)
         if HAS_BIAS:
-            z += tl.load(bias + first + line, present, 0.0).to(tl.float32)
+            z += offset
         if GELU:
             z = gelu(z)
         if HAS_RESIDUAL:
-            z += tl.load(residual + row * residual_stride + first + line, present, 0.0).to(tl.float32)
+            z += added
         tl.store(out + row * out_stride + first + line, z.to(out.dtype.element_ty), present)
 
 

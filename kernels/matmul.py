@@ -27,20 +27,21 @@ MAX_SPLITS = 8
 
 
 @triton.jit
-def _moments(x, inside, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def _moments(x, inside, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr):
     """Mean and 1 / sqrt(var + eps) of BLOCK_M rows, read once, blocks merged as in Chan et al. (1979)."""
     mean = tl.zeros([BLOCK_M], tl.float32)
     spread = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, width, BLOCK_K):
+    for step in range(STEPS):
+        start = step * BLOCK_K
         columns = start + tl.arange(0, BLOCK_K)
         here = inside & (columns < width)[None, :]
         values = tl.load(x + columns[None, :], here, 0.0).to(tl.float32)
         count = tl.minimum(width - start, BLOCK_K).to(tl.float32)
         block_mean = tl.sum(values, 1) / count
         distance = tl.where(here, values - block_mean[:, None], 0.0)
-        step = block_mean - mean
-        mean += step * count / (start + count)
-        spread += tl.sum(distance * distance, 1) + step * step * (start * count / (start + count))
+        apart = block_mean - mean
+        mean += apart * count / (start + count)
+        spread += tl.sum(distance * distance, 1) + apart * apart * (start * count / (start + count))
     return mean, tl.rsqrt(spread / width + EPS)
 
 
@@ -77,7 +78,8 @@ def _matmul_kernel(
     m, n, k, x_stride, weight_stride, residual_stride, out_stride,
     HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, EVEN: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -91,17 +93,17 @@ def _matmul_kernel(
     lines = (within // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + rows[:, None] * x_stride
     weight_lines = weight + lines[:, None] * weight_stride
-    span = tl.cdiv(tl.cdiv(k, BLOCK_K), SPLITS) * BLOCK_K
+    begin = split * (STEPS * BLOCK_K)
     if PREFETCH > 0:
-        _prefetch(weight, weight_stride, lines, n, split * span, k, PREFETCH)
+        _prefetch(weight, weight_stride, lines, n, begin, k, PREFETCH)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if HAS_NORM:
-        mean, rstd = _moments(x_rows, (rows < m)[:, None], k, BLOCK_M, BLOCK_K)
+        mean, rstd = _moments(x_rows, (rows < m)[:, None], k, BLOCK_M, BLOCK_K, BLOCKS)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(split * span, tl.minimum((split + 1) * span, k), BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    for step in range(STEPS):
+        columns = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
         here = EVEN | (columns < k)
         w = tl.load(weight_lines + columns[None, :], (lines < n)[:, None] & here[None, :], 0.0)
         values = tl.load(x_rows + columns[None, :], (rows < m)[:, None] & here[None, :], 0.0)
@@ -138,7 +140,10 @@ def _matmul_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """The block of out a program makes, columns it reads at a time, programs that k is split over."""
+    """The block of out a program makes, columns it reads at a time, programs that k is split over.
+
+    fused_norm: a LayerNorm is repeated in every program; otherwise it is a launch of its own.
+    """
 
     block_m: int
     block_n: int
@@ -146,6 +151,7 @@ class Tile:
     splits: int
     warps: int
     stages: int
+    fused_norm: bool = True
 
     def partials(self, rows: int, n: int) -> tuple[int, int]:
         """Sums and counters that splitting k wants in scratch for out (rows, n)."""
@@ -203,7 +209,9 @@ def matmul(
     assert scratch[0].dtype == torch.float32 and scratch[0].numel() >= sums and scratch[0].is_contiguous()
     assert scratch[1].dtype == torch.int32 and scratch[1].numel() >= counters and scratch[1].is_contiguous()
     tiles = triton.cdiv(rows, chosen.block_m) * triton.cdiv(n, chosen.block_n)
-    span = triton.cdiv(triton.cdiv(k, chosen.block_k), chosen.splits) * chosen.block_k
+    blocks = triton.cdiv(k, chosen.block_k)
+    steps = triton.cdiv(blocks, chosen.splits)
+    span = steps * chosen.block_k
     streaming = rows <= 64 and x.device.type != "cpu"  # the interpreter runs no PTX
     prefetch = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128)) if streaming else 0
     _matmul_kernel[(tiles, chosen.splits)](
@@ -213,7 +221,7 @@ def matmul(
         HAS_NORM=norm is not None, HAS_NORM_BIAS=norm_bias is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, GELU=gelu,
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, GROUP=8, SPLITS=chosen.splits,
-        EVEN=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl,
+        STEPS=steps, BLOCKS=blocks, EVEN=span * chosen.splits == k, PREFETCH=prefetch, PDL=pdl,
         num_warps=chosen.warps, num_stages=chosen.stages,
         **({"launch_pdl": True} if pdl else {}), **COMPILE,
     )  # fmt: skip

@@ -80,7 +80,7 @@ def planned(
     """`linear` by a plan of the caller's choice."""
     if isinstance(chosen, gemv.Tile):
         return gemv.gemv(x, norm, weight, bias, residual, gelu, chosen, pdl)
-    if norm is not None and (chosen is None or len(x) > matmul.MAX_NORM_ROWS):
+    if norm is not None and (chosen is None or not chosen.fused_norm or len(x) > matmul.MAX_NORM_ROWS):
         x, norm = layer_norm(x, *norm), None
     if chosen is not None:
         return matmul.matmul(x, norm, weight, bias, residual, gelu, chosen, scratch, pdl)

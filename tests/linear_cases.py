@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton runs on CPU tensors only interpreted, where there is no GPU"
+)
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
+"""For tests on CPU tensors."""
 
 
 @dataclass(frozen=True)

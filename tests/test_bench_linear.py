@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from linear_cases import interpreted
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -42,6 +43,7 @@ def norm_linear_target() -> Any:
     return KNOWN[80]
 
 
+@interpreted
 @pytest.mark.parametrize("name", ["qkv", "out", "fc", "proj"])
 @pytest.mark.parametrize("rows", [1, 5, 65])
 def test_ours_and_torch_compute_the_same_layer(name: str, rows: int) -> None:
@@ -51,6 +53,7 @@ def test_ours_and_torch_compute_the_same_layer(name: str, rows: int) -> None:
     assert torch.allclose(bench.ours(layer, o)(weight), bench.by_torch(layer, o)(weight), atol=1e-5)
 
 
+@interpreted
 def test_figures_have_one_row_a_backend() -> None:
     layer = replace(bench.layers(8)[0], n=8)
     rows = bench.figures(layer, 1, torch.float32, "cpu", copy=1e12, rate=1e12, cold_bytes=1)
@@ -82,6 +85,7 @@ def test_candidates_fit_and_have_the_tables_choice(layer: bench.Layer, dtype: to
     assert table in plans
 
 
+@interpreted
 def test_the_best_plan_becomes_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = replace(bench.layers(8)[0], n=8)
     plans = [gemv.Tile(4, 32, 1), matmul.Tile(16, 16, 16, 2, 2, 3), None]

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import error
+from linear_cases import DEVICES, error
 from torch import Tensor
 
 from bark_fast.config import GPTConfig
@@ -19,8 +19,6 @@ from bark_fast.modules.layer import Layer
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import linear_scratch
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import Case, case, error
+from linear_cases import BACKENDS, DEVICES, Case, case, error, interpreted
 from torch import Tensor
 
 from bark_fast.errors import InvalidInput
@@ -25,8 +25,6 @@ matmul: Any
 from bark_fast.kernels import gemv, matmul, norm_linear  # noqa: E402
 from bark_fast.kernels.target import KNOWN, assume  # noqa: E402
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-DEVICES = ["cpu", GPU]
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
 BARK = [(3 * c, c) for c in (768, 1024)] + [(c, c) for c in (768, 1024)] + [(4 * c, c) for c in (768, 1024)]
@@ -42,6 +40,7 @@ MATMUL = {
     "split": matmul.Tile(16, 32, 32, 2, 4, 3),
     "split, one part empty": matmul.Tile(32, 16, 32, 4, 4, 2),
     "square": matmul.Tile(64, 64, 64, 1, 4, 3),
+    "norm apart": matmul.Tile(16, 32, 64, 1, 4, 3, fused_norm=False),
 }
 
 
@@ -144,6 +143,7 @@ MUTATIONS = {
 }
 
 
+@interpreted
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_tolerance_bites(name: str) -> None:
     c = case(3, 37, 100)
@@ -176,6 +176,7 @@ def test_two_calls_agree_to_the_bit(device: str, plan: Any) -> None:
     assert torch.equal(run(c, plan), run(c, plan))
 
 
+@interpreted
 @pytest.mark.parametrize("plan", [*GEMV.values(), *MATMUL.values()], ids=str)
 def test_a_row_does_not_see_its_neighbours_while_the_plan_stays(plan: Any) -> None:
     """By one plan, interpreted. Across plans (1 row, 5 rows, 65 rows) the last bits differ."""
@@ -200,7 +201,7 @@ def test_operations_choose_a_kernel(device: str, backend: str, dtype: torch.dtyp
         assert_close(ops.linear(c.x, c.weight, c.bias, gelu=True), plain)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_and_strides(backend: str) -> None:
     c = case(6, 24, 64, residual=False)
     assert c.norm is not None
@@ -318,9 +319,9 @@ def test_dependent_launches_and_replays_change_nothing(rows: int) -> None:
             y = norm_linear.linear(y, weight, norm=c.norm, residual=c.residual, scratch=scratch, pdl=pdl)
         return y
 
-    expected = chain(False)
-    assert torch.equal(chain(True), expected)
-    for pdl in (False, True):
+    in_turn, overlapping = chain(False), chain(True)
+    assert error(overlapping, in_turn.double()) <= 0.01 * in_turn.abs().max().item()
+    for pdl, expected in ((False, in_turn), (True, overlapping)):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             replayed = chain(pdl)
