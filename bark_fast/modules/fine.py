@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from bark_fast.config import FineConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
-from bark_fast.ops import reference as ops
 from bark_fast.ops.attention import attention
 from bark_fast.ops.embedding import embed_codes
+from bark_fast.ops.norm_linear import norm_linear
 
 
 class FineGPT(nn.Module):
@@ -47,7 +47,7 @@ class FineGPT(nn.Module):
         """Logits (..., codebook_size) of `codebook` for hidden states (..., n_embd)."""
         head = self.heads[codebook - self.config.n_codes_given]
         weight: Tensor = head.get_parameter("weight")
-        return ops.linear(self.ln_f(hidden), weight[:codebook_size])
+        return norm_linear(hidden, self.ln_f.weight, self.ln_f.bias, weight[:codebook_size])
 
     def _attend(self, qkv: Tensor) -> Tensor:
         batch, time, _ = qkv.shape

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
-from bark_fast.ops import reference as ops
 from bark_fast.ops.embedding import embed
+from bark_fast.ops.norm_linear import Scratch, norm_linear
 
 
 class AttendLayer(Protocol):
@@ -37,18 +37,24 @@ class GPT(nn.Module):
         self.head = Linear(config.n_embd, config.output_vocab_size, bias=False)
 
     def forward(
-        self, ids: Tensor, positions: Tensor, attend: AttendLayer, extra_ids: Tensor | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: AttendLayer,
+        extra_ids: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor:
         """Hidden states (rows, n_embd) before the final norm.
 
         ids, positions: (rows,) int64. extra_ids: (rows,) int64, tokens whose embeddings are added to those of
         `ids`, `ops.embedding.NO_TOKEN` where there is none (Bark's semantic prompt sums text and history).
+        scratch: from `ops.norm_linear.linear_scratch`, for steps that are captured.
         """
         x = embed(ids, positions, self.wte.weight, self.wpe.weight, extra_ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, partial(attend, index))
+            x = layer(x, partial(attend, index), scratch)
         return x
 
     def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""
-        return ops.linear(self.ln_f(hidden), self.head.weight[low:high])
+        return norm_linear(hidden, self.ln_f.weight, self.ln_f.bias, self.head.weight[low:high])

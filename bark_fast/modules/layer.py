@@ -9,38 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
-from bark_fast.ops import reference as ops
+from bark_fast.ops.mlp import layernorm_gelu_mlp
+from bark_fast.ops.norm_linear import Scratch, linear_residual, norm_linear
 
 Attend: TypeAlias = Callable[[Tensor], Tensor]
 """From the packed projection (..., 3 * n_embd) to the merged heads (..., n_embd)."""
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias."""
+    """Parameters of a LayerNorm, its bias optional; what follows it normalises."""
 
     def __init__(self, size: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias)
-
 
 class Linear(nn.Module):
-    """Linear layer whose weight is left to the checkpoint (no initialisation)."""
+    """Parameters of a linear layer, left to the checkpoint (no initialisation); operations multiply by them."""
 
     def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_out, size_in))
         self.bias = nn.Parameter(torch.empty(size_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
-
 
 class Layer(nn.Module):
-    """x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))). x: (..., n_embd)."""
+    """x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))). x: (..., n_embd).
+
+    scratch: from `ops.norm_linear.linear_scratch`, for steps that are captured.
+    """
 
     def __init__(self, config: GPTConfig, norm_bias: bool) -> None:
         super().__init__()
@@ -52,10 +50,13 @@ class Layer(nn.Module):
         self.fc = Linear(width, 4 * width, config.bias)
         self.proj = Linear(4 * width, width, config.bias)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.out(attend(self.qkv(self.ln_1(x))))
-        y: Tensor = x + self.proj(ops.gelu(self.fc(self.ln_2(x))))
-        return y
+    def forward(self, x: Tensor, attend: Attend, scratch: Scratch | None = None) -> Tensor:
+        ln_1, ln_2, qkv, out, fc, proj = self.ln_1, self.ln_2, self.qkv, self.out, self.fc, self.proj
+        seen = attend(norm_linear(x, ln_1.weight, ln_1.bias, qkv.weight, qkv.bias, scratch=scratch))
+        x = linear_residual(seen, out.weight, x, out.bias, scratch=scratch)
+        return layernorm_gelu_mlp(
+            x, ln_2.weight, ln_2.bias, fc.weight, fc.bias, proj.weight, proj.bias, scratch=scratch
+        )
 
 
 class Embedding(nn.Module):
