@@ -85,8 +85,7 @@ class EagerRunner:
         sequence.close()
 
     def fits(self, model: str, sequences: Items[Sequence], rows: Items[int]) -> bool:
-        handles = np.array([seq.handle for seq in sequences], dtype=np.int64)
-        return self.pools[model].pool.can_extend(handles, np.array(rows, dtype=np.int32))
+        return self.pools[model].fits([seq.handle for seq in sequences], rows)
 
     @torch.inference_mode()
     def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
