@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a captured step is fixed to: rows, the head's rows [low, high), the widest window, whether rules filter."""
+    """What a captured step is fixed to: rows, rows [low, high) of the head, widest window, any filters."""
 
     rows: int
     low: int
@@ -48,18 +49,42 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Row:
-    """A sequence as a burst begins: tokens cached, index of its next draw, tokens it may still draw."""
+    """A sequence as a burst begins: tokens cached, index of its next draw, tokens it may still draw.
+
+    reserved: tokens beyond the cached ones that its pages have room for.
+    """
 
     sequence: Sequence
     work: object
     cached: int
     step: int
     left: int
+    reserved: int = 0
 
     def after(self, steps: int) -> _Row:
         """The same, `steps` draws later, if none of them ends it."""
         took = min(steps, self.left)
-        return replace(self, cached=self.cached + took, step=self.step + took, left=self.left - took)
+        return replace(
+            self,
+            cached=self.cached + took,
+            step=self.step + took,
+            left=self.left - took,
+            reserved=self.reserved - took,
+        )
+
+    def wants(self, steps: int) -> int:
+        """Tokens to make room for: those of so many steps, and the next, whose place the last step looks up."""
+        return min(steps + 1, self.left) - self.reserved
+
+
+class _Buffers:
+    """What the steps of so many rows read and write, on the device, at addresses that never change."""
+
+    def __init__(self, rows: int, pages: int, device: torch.device) -> None:
+        self.state = DecodeState.empty(rows, pages, BURST, device)
+        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.integers = torch.zeros(rows, len(RuleInt), dtype=torch.int32, device=device)
+        self.numbers = torch.zeros(rows, len(RuleFloat), dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
@@ -76,18 +101,14 @@ class DecodeLoop:
     """Carries sequences of one model forward, `BURST` steps at a time, without the host in between.
 
     The next burst is launched before the last one is read, as long as the same sequences go on; what it draws
-    for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or CUDA cannot capture,
-    the same steps run operation by operation.
+    for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or CUDA cannot
+    capture, the same steps run operation by operation.
     """
 
-    def __init__(self, model: str, gpt: GPT, pool: KVPool, max_rows: int, capture: bool) -> None:
-        self.model, self.gpt, self.pool, self.capture, self.max_rows = model, gpt, pool, capture, max_rows
+    def __init__(self, model: str, gpt: GPT, pool: KVPool, capture: bool) -> None:
+        self.model, self.gpt, self.pool, self.capture = model, gpt, pool, capture
         self.memory = torch.cuda.graph_pool_handle() if capture else None
-        device = pool.device
-        self.state = DecodeState.empty(max_rows, pool.max_pages, BURST, device)
-        self.starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
-        self.integers = torch.zeros(max_rows, len(RuleInt), dtype=torch.int32, device=device)
-        self.numbers = torch.zeros(max_rows, len(RuleFloat), dtype=torch.float32, device=device)
+        self.buffers: dict[int, _Buffers] = {}
         self.shape: _Shape | None = None
         self.graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
         self.captures: list[Capture] = []
@@ -128,20 +149,19 @@ class DecodeLoop:
             return None
         for row in rows:
             self.pool.pool.truncate(row.sequence.handle, row.cached)  # pages of a burst that was dropped
-        handles = [row.sequence.handle for row in rows]
         steps = min(BURST, max(row.left for row in rows))
-        if not self.pool.fits(handles, [min(steps, row.left) for row in rows]):
+        if not self._fits(rows, steps):
             steps = 1
-        tables, _, _ = self.pool.extend(handles, [min(steps, row.left) for row in rows])
+        rows, tables = self._extend(rows, steps)
         rules = [row.sequence.work.rule for row in rows]
-        bucket = min(1 << (len(rows) - 1).bit_length(), self.max_rows)
+        bucket = 1 << (len(rows) - 1).bit_length()
         packed = pack_rules(rules + rules[:1] * (bucket - len(rows)), self.pool.device)
         windows = [window for rule in rules for window in rule.windows]
         low, high = min(low for low, _ in windows), max(high for _, high in windows)
         self.shape = _Shape(bucket, low, high, packed.window, packed.filters)
-        self._prepare(self.shape)
-        self.integers[:bucket].copy_(packed.integers)
-        self.numbers[:bucket].copy_(packed.numbers)
+        buffers = self._prepare(self.shape)
+        buffers.integers.copy_(packed.integers)
+        buffers.numbers.copy_(packed.numbers)
         host = DecodeState.empty(bucket, self.pool.max_pages, BURST, "cpu")
         host.block_tables[: len(rows)] = torch.from_numpy(tables)
         for index, row in enumerate(rows):
@@ -155,7 +175,7 @@ class DecodeLoop:
             host.places[index] = torch.tensor(place_row(seed, row.step, sequence.stream, work.chunk))
             host.remaining[index] = row.left
             host.eos[index] = -1 if work.rule.eos_token is None else work.rule.eos_token
-        for ours, theirs in zip(self.state.first(bucket).tensors(), host.tensors(), strict=True):
+        for ours, theirs in zip(buffers.state.tensors(), host.tensors(), strict=True):
             ours.copy_(theirs)
         return self._launch(rows, steps)
 
@@ -163,23 +183,27 @@ class DecodeLoop:
         """Launch the burst after this one, for rows it does not end, if there are pages for it."""
         rows = [row.after(burst.steps) for row in burst.rows]
         steps = min(BURST, max(row.left for row in rows))
-        going = [index for index, row in enumerate(rows) if row.left > 0]
-        if not going:
+        if not steps or not self._fits(rows, steps):
             return None
-        handles = [rows[index].sequence.handle for index in going]
-        counts = [min(steps, rows[index].left) for index in going]
-        if not self.pool.fits(handles, counts):
-            return None
-        tables, _, _ = self.pool.extend(handles, counts)
-        self.state.block_tables[torch.tensor(going, device=self.pool.device)] = self._tensor(tables)
+        rows, tables = self._extend(rows, steps)
+        self._buffers().state.block_tables[: len(rows)].copy_(torch.from_numpy(tables))
         return self._launch(rows, steps)
+
+    def _fits(self, rows: list[_Row], steps: int) -> bool:
+        return self.pool.fits([row.sequence.handle for row in rows], [row.wants(steps) for row in rows])
+
+    def _extend(self, rows: list[_Row], steps: int) -> tuple[list[_Row], npt.NDArray[np.int32]]:
+        """Make room for so many steps; the rows with what they have now, and their block tables."""
+        counts = [row.wants(steps) for row in rows]
+        tables, _, _ = self.pool.extend([row.sequence.handle for row in rows], counts)
+        return [replace(row, reserved=row.reserved + n) for row, n in zip(rows, counts, strict=True)], tables
 
     def _launch(self, rows: list[_Row], steps: int) -> _Burst:
         assert self.shape is not None
         step = self.graphs[self.shape].replay if self.shape in self.graphs else self._step
         for _ in range(steps):
             step()
-        drawn = self.state.drawn[: self.shape.rows]
+        drawn = self._buffers().state.drawn
         if self.pool.device.type != "cuda":
             return _Burst(rows, steps, drawn.clone(), None)
         arriving = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
@@ -203,26 +227,34 @@ class DecodeLoop:
                 if tokens[-1] in (INVALID_TOKEN, row.sequence.work.rule.eos_token):
                     break
 
+    def _buffers(self) -> _Buffers:
+        assert self.shape is not None
+        return self.buffers[self.shape.rows]
+
     def _step(self) -> None:
         """One step of the rows of `shape`, from the tokens fed to the tokens drawn."""
-        shape = self.shape
+        shape, buffers = self.shape, self._buffers()
         assert shape is not None
-        state = self.state.first(shape.rows)
-        integers, numbers = self.integers[: shape.rows], self.numbers[: shape.rows]
+        state = buffers.state
         batch = StepBatch(
             counts=[1] * shape.rows, totals=[], slots=state.slots, block_tables=state.block_tables,
-            lengths=state.lengths, query_starts=self.starts[: shape.rows + 1], paged=shape.rows,
+            lengths=state.lengths, query_starts=buffers.starts, paged=shape.rows,
         )  # fmt: skip
         hidden = self.gpt(state.ids, state.positions, partial(self.pool.attend, batch))
         logits = self.gpt.logits(hidden, shape.low, shape.high)
-        rules = RuleRows(integers, numbers, shape.window, shape.filters)
+        rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
         advance(state, sample_rows(logits, None, rules, state.places, shape.low), PAGE_SIZE)
 
-    def _prepare(self, shape: _Shape) -> None:
-        """Capture the step of this shape if that is still to be done; every row is left idle."""
+    def _prepare(self, shape: _Shape) -> _Buffers:
+        """The buffers for steps of this shape; the step is captured if that is still to be done."""
+        if shape.rows not in self.buffers:
+            self.buffers[shape.rows] = _Buffers(shape.rows, self.pool.max_pages, self.pool.device)
+        buffers = self.buffers[shape.rows]
         if not self.capture or shape in self.graphs:
-            return
-        for idle, tensor in ((0, self.state.remaining), (0, self.state.lengths), (-1, self.state.slots)):
+            return buffers
+        for idle, tensor in (
+            (0, buffers.state.remaining), (0, buffers.state.lengths), (-1, buffers.state.slots),
+        ):  # fmt: skip
             tensor.fill_(idle)
         started, held = time.perf_counter(), torch.cuda.memory_reserved(self.pool.device)
         graph = torch.cuda.CUDAGraph()
@@ -239,10 +271,11 @@ class DecodeLoop:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            return
+            return buffers
         self.graphs[shape] = graph
         held = torch.cuda.memory_reserved(self.pool.device) - held
         self.captures.append(Capture(self.model, shape.rows, time.perf_counter() - started, held))
+        return buffers
 
     def _warm_up(self) -> None:
         """Run the step on a side stream, so that what is allocated or compiled once is not captured."""
@@ -252,9 +285,6 @@ class DecodeLoop:
             self._step()
             self._step()
         torch.cuda.current_stream().wait_stream(side)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.pool.device)
 
 
 def _row(sequence: Sequence, tokens: list[int]) -> _Row:

@@ -34,8 +34,7 @@ class GraphRunner(EagerRunner):
         if capture is None:
             capture = self.device.type == "cuda"
         self.loops = {
-            name: DecodeLoop(name, gpt, self.pools[name], max_sequences, capture)
-            for name, gpt in self.models.items()
+            name: DecodeLoop(name, gpt, self.pools[name], capture) for name, gpt in self.models.items()
         }
 
     @property

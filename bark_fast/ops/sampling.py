@@ -89,24 +89,3 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
     """-inf below the k-th highest score; ties with it stay."""
     threshold = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values[..., -1:]
     return scores.masked_fill(scores < threshold, -torch.inf)
-
-
-def sample_rows(logits, noise, rules, places, logits_low):
-    """TEMPORARY"""
-    from bark_fast.ops.noise import PhiloxNoise
-    from bark_fast.ops.rule_rows import seed_of, unpack_rule
-
-    out = torch.full((len(logits),), INVALID_TOKEN)
-    for i in range(len(logits)):
-        rule = unpack_rule(rules.integers[i].tolist(), rules.numbers[i].tolist())
-        seed, step, stream, chunk = places[i].tolist()
-        low, high = rule.window(step)
-        q = (
-            None
-            if rule.greedy
-            else PhiloxNoise(seed_of(seed), logits.device).token(rule, chunk, stream, step)[None]
-        )
-        eos = None if rule.eos_token is None else rule.eos_token - low
-        t = sample(logits[i : i + 1, low - logits_low : high - logits_low], q, rule, eos).item()
-        out[i] = t if t < 0 else t + low
-    return out
