@@ -74,13 +74,14 @@ def _sample_kernel(
     step = tl.load(places + row * place_stride + STEP, live, 0)
     low, high = load_window(rules, step, row, rule_stride, live)
     # a window that is not within the logits, or wider than a block, holds nothing
-    fits = (low >= logits_low) & (high - low <= BLOCK) & (high - logits_low <= width)
-    count = tl.where(fits & live, tl.maximum(high - low, 0), 0)
+    fits = live & (low >= logits_low) & (low <= high) & (high <= logits_low + width)
+    count = tl.where(fits, high - low, 0)
+    count = tl.where(count <= BLOCK, count, 0)
     rule = rules + row * rule_stride
     hf = tl.load(rule + DIALECT, live, 0) == 1
     greedy = tl.load(rule + GREEDY, live, 1) != 0
     eos = tl.load(rule + EOS, live, -1)
-    has_eos = (eos >= low) & (eos - low < count)
+    has_eos = (count > 0) & (eos >= low) & (eos < high)
     number = numbers + row * number_stride
     temperature = tl.where(greedy, 1.0, tl.load(number + TEMPERATURE, live, 1.0))
     eos_rule = has_eos & (tl.load(number + MIN_EOS_P, live, float("inf")) < float("inf"))
@@ -236,6 +237,7 @@ def sample(
     (rows, chunk) int32.
     """
     assert logits.dim() == 2 and logits.stride(1) == 1 and 0 < window <= WIDEST
+    assert 0 <= logits_low <= 2**30
     assert rules.dtype == torch.int32 and numbers.dtype == torch.float32
     assert rules.shape == (len(logits), len(RuleInt)) and numbers.shape == (len(logits), len(RuleFloat))
     assert rules.stride(1) == numbers.stride(1) == 1
