@@ -113,7 +113,13 @@ def _head_sample_kernel(
             q = tl.load(at_noise, live[:, None] & present[None, :], 1.0)
         else:
             q = exponential_run(
-                tile * TILE, step32[:, None], stream[:, None], chunk[:, None], key0[:, None], key1[:, None], TILE
+                tile * TILE,
+                step32[:, None],
+                stream[:, None],
+                chunk[:, None],
+                key0[:, None],
+                key1[:, None],
+                TILE,
             )
         score = tl.where(greedy[:, None], logits, tl.where(present[None, :], weights / q, float("-inf")))
     best = tl.max(score, axis=1)

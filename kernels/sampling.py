@@ -132,9 +132,7 @@ def _sample_kernel(
                 target = tl.where(by_mass, top_p * all_mass, top_k.to(tl.float32) - 1)
                 hi = tl.where(filtered, tl.max(key, axis=1), lo + 1)
                 by_mass = by_mass & filtered
-                lo, total = search(
-                    key, sort_top, lo, hi, total, target, by_mass, by_mass & hf, CHUNK, True, 1
-                )
+                lo, total = search(key, sort_top, lo, hi, total, target, by_mass, by_mass & hf, CHUNK, True, 1)
                 if any_row(by_mass & hf):
                     left = tl.where(key > lo[:, None], LOWEST_KEY, key)
                     dropped = tl.where(by_mass & hf, tl.sum(weights(left, sort_top), axis=1), 0.0)

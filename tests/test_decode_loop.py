@@ -206,19 +206,8 @@ def test_a_burst_that_a_new_prompt_has_overtaken_is_noticed(suno_bark: Bark, alo
     def whoever_they_are_now(burst, sequences) -> bool:
         return [row.sequence for row in burst.rows] == list(sequences)
 
-    class Tired(GraphRunner):
-        """Gives up in the end: a sequence that waits for tokens of a stale burst waits for ever."""
-
-        patience = 1000
-
-        def step(self, model, sequences):
-            self.patience -= 1
-            if self.patience <= 0:
-                raise RuntimeError("no end in sight")
-            return super().step(model, sequences)
-
     monkeypatch.setattr(DecodeLoop, "_carries", staticmethod(whoever_they_are_now))
-    runner = runner_of(Tired, suno_bark, "cpu")
-    jobs = [Utterance(random_stage(seed), PhiloxNoise(seed, runner.device)) for seed in alone]
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    jobs = [Utterance(random_stage(seed), PhiloxNoise(seed, runner.device)) for seed in range(20)]
     outcomes = {o.index: o.result for o in Scheduler(runner, max_batch=1).run(jobs)}
-    assert outcomes != {index: alone[seed] for index, seed in enumerate(alone)}
+    assert outcomes != {seed: alone[seed] for seed in range(20)}

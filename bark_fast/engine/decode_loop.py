@@ -243,7 +243,7 @@ class DecodeLoop:
         hidden = self.gpt(state.ids, state.positions, partial(self.pool.attend, batch))
         logits = self.gpt.logits(hidden, shape.low, shape.high)
         rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
-        advance(state, sample_rows(logits, None, rules, state.places, shape.low), PAGE_SIZE)
+        advance(state, sample_rows(logits, rules, state.places, logits_low=shape.low), PAGE_SIZE)
 
     def _prepare(self, shape: _Shape) -> _Buffers:
         """The buffers for steps of this shape; the step is captured if that is still to be done."""

@@ -107,6 +107,8 @@ class Sequence:
 
         A runner that runs ahead feeds each token it draws; what it drew beyond the end is dropped.
         """
+        if self.draws and not tokens:
+            raise GenerationError(f"{self.work.model}'s runner drew no token at step {self.step}; report this")
         self.cached += self.feed
         self.pending = self.pending[len(self.feed) :]
         self.feed = []

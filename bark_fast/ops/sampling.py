@@ -63,7 +63,16 @@ def sample_rows(
         flag = torch.zeros(1, dtype=torch.int32, device=logits.device)
     call = _sample_rows if is_eager(logits) else torch.ops.bark_fast.sample_rows
     call(
-        logits, rules.integers, rules.numbers, places, noise, tokens, flag, rules.window, rules.filters, logits_low
+        logits,
+        rules.integers,
+        rules.numbers,
+        places,
+        noise,
+        tokens,
+        flag,
+        rules.window,
+        rules.filters,
+        logits_low,
     )
     return tokens
 
