@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import nn
@@ -13,46 +16,38 @@ from bark_fast.audio import Audio, Tokens
 from bark_fast.checkpoint import Checkpoint, load_checkpoint
 from bark_fast.device import pick_device, pick_dtype
 from bark_fast.engine.runner import EagerRunner
-from bark_fast.engine.scheduler import Group, Scheduler, Utterance
+from bark_fast.engine.scheduler import Group, Observer, Outcome, Scheduler, Utterance
+from bark_fast.engine.worker import Worker
 from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
-from bark_fast.ops.noise import SEED_BOUND
-from bark_fast.progress import ProgressBar, ProgressCallback, progress_of
+from bark_fast.options import (
+    GenerateOptions,
+    SpeechOptions,
+    VoiceLike,
+    checked_texts,
+    one_each,
+    samples_of,
+    speech_request,
+    stage_options,
+)
+from bark_fast.progress import Progress, ProgressBar, ProgressCallback, progress_of
 from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import Speech, long_form
 from bark_fast.text import Tokenizer, encode_text, split_text
-from bark_fast.voices import Voice, VoiceLibrary, load_voice
-from bark_fast.work import IntArray, Work
+from bark_fast.voices import VoiceLibrary, load_voice
+from bark_fast.work import IntArray, Stage, Work
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-VoiceLike: TypeAlias = "str | Path | Mapping[str, Any] | Voice | Audio | None"
 Module = TypeVar("Module", bound=nn.Module)
 
 LONG_FORM_PAUSE = 0.25
 """Seconds of silence between the chunks of a long text."""
-
-MAX_SAMPLES = 1024
-"""Samples of one text that one call may ask for."""
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `Bark.generate`, for type checkers."""
-
-    voice: VoiceLike | Sequence[VoiceLike]
-    seed: int | Sequence[int] | None
-    rng: Rng
-    semantic: SamplingParams | None
-    coarse: SamplingParams | None
-    fine: SamplingParams | None
-    max_seconds: float | None
-    long_form: bool
-    progress: bool | ProgressCallback
 
 
 class Bark:
@@ -91,6 +86,8 @@ class Bark:
             max_sequences=max_batch,
         )
         codec.lstm.flatten_parameters()
+        self.scheduler: Scheduler[list[Speech]] = Scheduler(self.runner, max_batch)
+        self._worker = Worker(self.scheduler)
 
     @classmethod
     def from_pretrained(
@@ -141,7 +138,7 @@ class Bark:
         long_form: bool = False,
         progress: bool | ProgressCallback = False,
     ) -> Audio | list[Audio]:
-        """Speak one text, or several at once.
+        """Speak one text, or any number of them: `max_batch` are under way at a time, the first ones first.
 
         n: speak one text n times over, for a choice of readings: a list of n, the i-th as with seed + i. The
             samples share the pages of their prompt until they part.
@@ -159,12 +156,13 @@ class Bark:
             pause in between. Without it a text beyond 256 tokens raises TextTooLong.
         progress: True for a bar on stderr, or a function called with `Progress` events.
 
+        Calls from several threads share the model: their texts go on in the same batches.
         Raises the first error met, InvalidInput or GenerationError; the other texts are then given up.
         """
-        texts = [text] if isinstance(text, str) else _checked_texts(text)
+        texts = [text] if isinstance(text, str) else checked_texts(text)
         check_rng(rng)
         if n is not None:
-            texts, seed = _samples(texts, n, seed)
+            texts, seed = samples_of(texts, n, seed)
         seeds = check_seeds(seed, len(texts))
         joined = rng == "torch" and self.dialect == "hf" and isinstance(seeds, int) and len(texts) > 1
         if joined and long_form:
@@ -179,42 +177,165 @@ class Bark:
             )
         options = self._options(semantic, coarse, fine, max_seconds, joined)
         chunks = [self._chunks(one, long_form) for one in texts]
-        voices = [self._history(one) for one in _one_each(voice, len(texts))]
+        voices = self._histories(voice, len(texts))
         if not texts:
             return []
         noises = make_noise(seeds, rng, self.device, self.dialect, len(texts), joined)
         group = Group() if joined else None
-        jobs = [
+        jobs = (
             Utterance(_long_form(parts, history, options), noise, group)
             for parts, history, noise in zip(chunks, voices, noises, strict=True)
-        ]
+        )
         # texts that share torch's global generator must draw from it one after the other
         one_by_one = rng == "torch" and seeds is None
-        speeches = self._run(jobs, 1 if one_by_one else self.max_batch, progress, [len(c) for c in chunks])
-        audios = [self._audio(spoken) for spoken in speeches]
-        return audios[0] if isinstance(text, str) and n is None else audios
-
-    def _run(
-        self,
-        jobs: list[Utterance[list[Speech]]],
-        max_batch: int,
-        progress: bool | ProgressCallback,
-        chunks: list[int],
-    ) -> list[list[Speech]]:
-        """Carry out all jobs; raise the first error met."""
-        bar = ProgressBar(self.config.layout, chunks) if progress is True else None
+        bar = ProgressBar(self.config.layout, [len(parts) for parts in chunks]) if progress is True else None
         report: ProgressCallback | None = bar or (progress if callable(progress) else None)
-        scheduler: Scheduler[list[Speech]] = Scheduler(self.runner, max_batch, _observer(report))
-        speeches: dict[int, list[Speech]] = {}
+        audios: dict[int, Audio] = {}
         try:
-            for outcome in scheduler.run(jobs):
-                if outcome.error is not None:
-                    raise outcome.error
-                speeches[outcome.index] = outcome.result or []
+            for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self.max_batch):
+                audios[outcome.index] = self._spoken(outcome)
         finally:
             if bar is not None:
-                bar.close(finished=len(speeches) == len(jobs))
-        return [speeches[index] for index in range(len(jobs))]
+                bar.close(finished=len(audios) == len(texts))
+        ordered = [audios[index] for index in range(len(texts))]
+        return ordered[0] if isinstance(text, str) and n is None else ordered
+
+    @overload
+    def stream_results(
+        self, requests: Iterable[str | Mapping[str, Any]], *, errors: Literal["raise"] = "raise",
+        progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions],
+    ) -> Iterator[tuple[int, Audio]]: ...  # fmt: skip
+    @overload
+    def stream_results(
+        self, requests: Iterable[str | Mapping[str, Any]], *, errors: Literal["yield"],
+        progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions],
+    ) -> Iterator[tuple[int, Audio | Exception]]: ...  # fmt: skip
+    def stream_results(
+        self,
+        requests: Iterable[str | Mapping[str, Any]],
+        *,
+        errors: Literal["raise", "yield"] = "raise",
+        progress: ProgressCallback | None = None,
+        **options: Unpack[SpeechOptions],
+    ) -> Iterator[tuple[int, Audio | Exception]]:
+        """Speak any number of texts in constant memory: yields (index, Audio) as each is finished.
+
+        requests: strings, or mappings with "text" and options of its own, which go before those of the call:
+            `{"text": "One.", "voice": "v2/en_speaker_6", "seed": 3}`. Any iterable, endless ones too; it is
+            asked for the next whenever a place is free, `max_batch` are in memory. index counts them from 0.
+            While it makes one wait, the others wait as well: see `agenerate` for requests that come by and by.
+        errors: "raise" raises the first error met and gives up the others; "yield" yields (index, error) in
+            place of an audio, and the others go on.
+        progress: a function called with `Progress` events, between results. What it raises is raised here.
+        options: as of `generate`, for one text: voice, seed, rng, semantic, coarse, fine, max_seconds,
+            long_form. A seed is for each text alike, and rng="torch" needs one: each text is then one call of
+            suno's or Hugging Face's.
+
+        Work is done while a result is waited for, not in between. Leaving the loop, closing the iterator or
+        Ctrl-C gives up what is under way and frees what it holds.
+        """
+        if errors not in ("raise", "yield"):
+            raise InvalidInput(f"errors is {errors!r}; choose 'raise' or 'yield'")
+        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+            raise InvalidInput(
+                f"requests is a {type(requests).__name__}; pass an iterable of strings or mappings"
+            )
+        if progress is not None and not callable(progress):
+            raise InvalidInput(
+                f"progress is {progress!r}; a stream has no end to show a bar for: pass a function"
+            )
+        speech_request("", options)
+        shared: dict[str, Any] = {**options, "voice": load_voice(options.get("voice"), self.voices)}
+
+        def job(request: object) -> Utterance[list[Speech]]:
+            try:
+                text, own = speech_request(request, shared)
+                return self._utterance(text, **own)
+            except Exception as error:
+                if errors == "raise":
+                    raise
+                return Utterance(_failing(error), make_noise(0, "philox", self.device, "suno", 1, False)[0])
+
+        def results() -> Iterator[tuple[int, Audio | Exception]]:
+            for outcome in self.scheduler.run(map(job, requests), _observer(progress), self.max_batch):
+                if outcome.error is not None and errors == "yield":
+                    yield outcome.index, outcome.error
+                else:
+                    yield outcome.index, self._spoken(outcome)
+
+        return results()
+
+    async def agenerate(
+        self, text: str, *, progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions]
+    ) -> Audio:
+        """Speak one text without blocking the event loop; calls that run at once go on in the same batches.
+
+        progress: a function called with `Progress` events in the event loop; what it raises is raised here.
+        options: as of `generate`, for one text: voice, seed, rng, semantic, coarse, fine, max_seconds,
+            long_form. rng="torch" needs a seed.
+
+        One thread does the work, as long as there is some. Cancelling the task that awaits gives up the text
+        and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
+        """
+        speech_request("", options)
+        if progress is not None and not callable(progress):
+            raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
+        loop = asyncio.get_running_loop()
+        spoken: asyncio.Future[Outcome[list[Speech]]] = loop.create_future()
+
+        def settle(outcome: Outcome[list[Speech]]) -> None:
+            if not spoken.done():
+                spoken.set_result(outcome)
+
+        def report(event: Progress) -> None:
+            try:
+                if progress is not None and not spoken.done():
+                    progress(replace(event, index=0))
+            except Exception as error:
+                settle(Outcome(0, error=error))
+
+        def in_loop(call: Callable[[Any], None]) -> Callable[[Any], None]:
+            def later(argument: Any) -> None:
+                with suppress(RuntimeError):  # the loop may be closed by now
+                    loop.call_soon_threadsafe(call, argument)
+
+            return later
+
+        utterance = await asyncio.to_thread(self._utterance, text, **options)
+        observer = None if progress is None else _observer(in_loop(report))
+        number = self._worker.submit(utterance, in_loop(settle), observer)
+        try:
+            return self._spoken(await spoken)
+        finally:
+            self._worker.cancel(number)
+
+    def _utterance(
+        self,
+        text: str,
+        *,
+        voice: VoiceLike = None,
+        seed: int | None = None,
+        rng: Rng = "philox",
+        semantic: SamplingParams | None = None,
+        coarse: SamplingParams | None = None,
+        fine: SamplingParams | None = None,
+        max_seconds: float | None = None,
+        long_form: bool = False,
+    ) -> Utterance[list[Speech]]:
+        """One text among others, checked and ready to be spoken."""
+        (checked,) = checked_texts([text])
+        check_rng(rng)
+        seeds = check_seeds([seed], 1) if seed is not None else None
+        if rng == "torch" and seeds is None:
+            raise InvalidInput(
+                "rng='torch' without a seed takes turns at torch's global generator, which texts under way "
+                "together cannot; give a seed, or use generate"
+            )
+        options = self._options(semantic, coarse, fine, max_seconds, joined=False)
+        chunks = self._chunks(checked, long_form)
+        (history,) = self._histories(voice, 1)
+        (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
+        return Utterance(_long_form(chunks, history, options), noise)
 
     def _options(
         self,
@@ -225,49 +346,39 @@ class Bark:
         joined: bool,
     ) -> Options:
         given = {"semantic": semantic, "coarse": coarse, "fine": fine}
-        for name, params in given.items():
-            if params is not None and not isinstance(params, SamplingParams):
-                raise InvalidInput(f"{name} is {params!r}; pass a bark_fast.SamplingParams")
-        sampling = StageDefaults(
-            **{
-                name: (params or SamplingParams()).over(getattr(self.defaults, name))
-                for name, params in given.items()
-            }
-        )
-        if max_seconds is not None and not (isinstance(max_seconds, (int, float)) and max_seconds > 0):
-            raise InvalidInput(f"max_seconds is {max_seconds!r}; it must be a number above 0, or None")
-        for name in ("top_k", "top_p", "min_eos_p"):
-            if getattr(sampling.fine, name) is not None:
-                raise InvalidInput(
-                    f"fine.{name} is {getattr(sampling.fine, name)!r}; Bark's fine stage samples by "
-                    f"temperature alone, leave it None"
-                )
-        return Options(
-            layout=self.config.layout,
-            dialect=self.dialect,
-            sampling=sampling,
-            semantic_vocab_size=self.config.semantic.output_vocab_size,
-            coarse_vocab_size=self.config.coarse.output_vocab_size,
-            max_seconds=max_seconds,
-            joined=joined,
-        )
+        return stage_options(self.config, self.dialect, self.defaults, given, max_seconds, joined)
 
     def _chunks(self, text: str, split: bool) -> list[IntArray]:
         """Token ids of the text, or of its chunks when it may be split."""
         whole = [text] if not split else split_text(text, self.tokenizer)
         return [encode_text(part, self.tokenizer, self.config.layout) for part in whole or [text]]
 
-    def _history(self, voice: VoiceLike) -> Tokens | None:
-        loaded = load_voice(voice, self.voices)
-        return None if loaded is None else Tokens(loaded.semantic, loaded.coarse, loaded.fine)
+    def _histories(self, voice: VoiceLike | Sequence[VoiceLike], count: int) -> list[Tokens | None]:
+        """The history of each of `count` texts; a voice that several have is read once."""
+        read: dict[int, Tokens | None] = {}
+        voices = one_each(voice, count)
+        for one in voices:
+            if id(one) not in read:
+                loaded = load_voice(one, self.voices)
+                read[id(one)] = None if loaded is None else Tokens(loaded.semantic, loaded.coarse, loaded.fine)
+        return [read[id(one)] for one in voices]
 
-    def _audio(self, spoken: list[Speech]) -> Audio:
+    def _spoken(self, outcome: Outcome[list[Speech]]) -> Audio:
+        """The audio of an utterance that ended; raises the error it met."""
+        if outcome.error is not None:
+            raise outcome.error
         rate = self.config.codec.sample_rate
-        parts = [Audio(one.samples, rate, one.tokens, one.timings) for one in spoken]
+        parts = [Audio(one.samples, rate, one.tokens, one.timings) for one in outcome.result or []]
         return parts[0] if len(parts) == 1 else Audio.concat(parts, pause=LONG_FORM_PAUSE)
 
 
 _long_form = long_form  # `generate` has a parameter of this name
+
+
+def _failing(error: Exception) -> Stage[list[Speech]]:
+    """A request that could not be understood: it ends with the reason, in its turn."""
+    yield from ()
+    raise error
 
 
 def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:
@@ -276,7 +387,7 @@ def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:
     return module.requires_grad_(False).eval()
 
 
-def _observer(report: ProgressCallback | None) -> Callable[[int, Work, int], None] | None:
+def _observer(report: ProgressCallback | None) -> Observer | None:
     if report is None:
         return None
 
@@ -286,27 +397,3 @@ def _observer(report: ProgressCallback | None) -> Callable[[int, Work, int], Non
             report(event)
 
     return observe
-
-
-def _checked_texts(texts: object) -> list[str]:
-    if not isinstance(texts, (list, tuple)) or not all(isinstance(one, str) for one in texts):
-        raise InvalidInput(f"text is a {type(texts).__name__}; pass a string or a list of strings")
-    return list(texts)
-
-
-def _samples(texts: list[str], n: int, seed: Any) -> tuple[list[str], list[int] | None]:
-    """One text n times, with a seed of its own each."""
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_SAMPLES:
-        raise InvalidInput(f"n is {n!r}; it must be an integer from 1 to {MAX_SAMPLES}")
-    if len(texts) != 1:
-        raise InvalidInput(f"n={n} samples of {len(texts)} texts; give one text, or repeat it in the list")
-    first = check_seeds(seed, n)
-    return texts * n, [(first + i) % SEED_BOUND for i in range(n)] if isinstance(first, int) else first
-
-
-def _one_each(voice: VoiceLike | Sequence[VoiceLike], count: int) -> list[VoiceLike]:
-    if isinstance(voice, (list, tuple)):
-        if len(voice) != count:
-            raise InvalidInput(f"{len(voice)} voices for {count} texts; give one for all, or one per text")
-        return list(voice)
-    return [voice] * count  # type: ignore[list-item]

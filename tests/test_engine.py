@@ -234,7 +234,7 @@ class TestFailures:
             Utterance(stage(), PhiloxNoise(0, runner.device)),
             Utterance(self.good(1), PhiloxNoise(0, runner.device)),
         ]
-        running = Scheduler(runner, observer=observer).run(jobs)
+        running = Scheduler(runner).run(jobs, observer)
         if when == "interrupt":
             with pytest.raises(KeyboardInterrupt):
                 next(running)

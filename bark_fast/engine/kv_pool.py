@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -55,15 +56,20 @@ class KVPool:
             rows = MAX_PAGED_QUERIES * max(1, num_pages // self.max_pages)
             self.scratch = paged_kv.attention_scratch(rows, config.n_head, config.head_dim, device)
 
-    def reserve(self, handles: Items[int], counts: Items[int]) -> StepBatch:
+    def fits(self, handles: Items[int], counts: Items[int]) -> bool:
+        """Whether `extend` would find enough pages. Exact, and changes nothing."""
+        return self.pool.can_extend(np.asarray(handles, dtype=np.int64), np.asarray(counts, dtype=np.int32))
+
+    def extend(
+        self, handles: Items[int], counts: Items[int]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Make room for `counts` new tokens of each sequence, all or none (OutOfPages), in one call.
 
-        Sequences of at most `MAX_PAGED_QUERIES` new tokens must come first. Pages that are written while
-        shared are copied first.
+        Pages that are written while shared are copied first. Returns block tables (sequences, pages), slots of
+        the new tokens in order, and lengths with them.
         """
-        rows = sum(counts)
         tables = np.empty((len(handles), self.max_pages), dtype=np.int32)
-        slots = np.empty(rows, dtype=np.int64)
+        slots = np.empty(sum(counts), dtype=np.int64)
         lengths = np.empty(len(handles), dtype=np.int32)
         copies = self.pool.step(
             np.asarray(handles, dtype=np.int64), np.asarray(counts, dtype=np.int32), tables, slots, lengths
@@ -72,6 +78,11 @@ class KVPool:
             pairs = self._tensor(copies)
             for keys, values in zip(self.keys, self.values, strict=True):
                 paged_kv.copy_pages(keys, values, pairs)
+        return tables, slots, lengths
+
+    def reserve(self, handles: Items[int], counts: Items[int]) -> StepBatch:
+        """As `extend`, for a step. Sequences of at most `MAX_PAGED_QUERIES` new tokens must come first."""
+        tables, slots, lengths = self.extend(handles, counts)
         paged = sum(count <= MAX_PAGED_QUERIES for count in counts)
         starts = np.zeros(paged + 1, dtype=np.int32)
         np.cumsum(counts[:paged], out=starts[1:])

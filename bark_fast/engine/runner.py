@@ -30,7 +30,7 @@ SEMANTIC_STREAM, COARSE_STREAM, FINE_STREAM = 0, 1, 16
 
 
 class Runner(Protocol):
-    """Executes one batch of work on one model."""
+    """Executes one batch of work on one model. Who runs, and on which pages, is the scheduler's decision."""
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         """A new, empty sequence in `model`."""
@@ -40,10 +40,15 @@ class Runner(Protocol):
         """Give back what the sequence holds."""
         ...
 
-    def step(self, model: str, sequences: Items[Sequence]) -> list[int | None]:
-        """Feed each sequence what it must be fed; return one drawn token each, or `INVALID_TOKEN`.
+    def fits(self, model: str, sequences: Items[Sequence], rows: Items[int]) -> bool:
+        """Whether there are pages to extend each sequence by so many rows. Exact, and changes nothing."""
+        ...
 
-        None where a sequence was put off: another one is filling pages that it will share.
+    def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
+        """Feed each sequence its `feed`. Returns the tokens each drew, `INVALID_TOKEN` where logits are not
+        finite: none while a prompt is only fed in part, else one, or several from a runner that runs ahead.
+
+        The rows of all `feed`s fit. After an error the pages of these sequences are in doubt.
         """
         ...
 
@@ -51,8 +56,8 @@ class Runner(Protocol):
         """Predict one codebook of each window; all passes name the same codebook."""
         ...
 
-    def vocode(self, work: Vocode) -> FloatArray:
-        """Samples (time * hop_length,)."""
+    def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
+        """Samples (time * hop_length,) of each; all are of one length."""
         ...
 
 
@@ -71,58 +76,45 @@ class EagerRunner:
         for name, gpt in self.models.items():
             pages = max_sequences * -(-gpt.config.block_size // PAGE_SIZE)
             self.pools[name] = KVPool(gpt.config, self.device, self.dtype, pages)
-        self.open_sequences: dict[str, list[Sequence]] = {"semantic": [], "coarse": []}
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
-        sequence = Sequence(self.pools[model], noise, stream)
-        self.open_sequences[model].append(sequence)
-        return sequence
+        return Sequence(self.pools[model], noise, stream)
 
     def close(self, model: str, sequence: Sequence) -> None:
-        self.open_sequences[model].remove(sequence)
         sequence.close()
 
+    def fits(self, model: str, sequences: Items[Sequence], rows: Items[int]) -> bool:
+        return self.pools[model].fits([seq.handle for seq in sequences], rows)
+
     @torch.inference_mode()
-    def step(self, model: str, sequences: Items[Sequence]) -> list[int | None]:
+    def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         gpt, pool = self.models[model], self.pools[model]
-        running = self._share_prefixes(model, sequences)
         # the pool attends over pages for short feeds, which must come first
-        running.sort(key=lambda row: len(sequences[row].feed) > MAX_PAGED_QUERIES)
-        batch = [sequences[row] for row in running]
+        order = sorted(range(len(sequences)), key=lambda row: len(sequences[row].feed) > MAX_PAGED_QUERIES)
+        batch = [sequences[row] for row in order]
         reserved = pool.reserve([seq.handle for seq in batch], [len(seq.feed) for seq in batch])
         ids: list[int] = []
         positions: list[int] = []
-        last: list[int] = []
         extra: list[int] = []
+        drawing: list[int] = []
         for seq in batch:
             extra += seq.extra_feed()
             ids += seq.feed
             positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
-            last.append(len(ids) - 1)
+            if seq.draws:
+                drawing.append(len(ids) - 1)
         merged = None if max(extra) == NO_TOKEN else self._integers(extra)
         attend = partial(pool.attend, reserved)
         hidden = gpt(self._integers(ids), self._integers(positions), attend, merged)
-        drawn = self._draw(gpt, hidden if len(ids) == len(batch) else hidden[last], batch)
-        tokens: list[int | None] = [None] * len(sequences)
-        for row, token in zip(running, drawn, strict=True):
-            tokens[row] = token
+        if len(drawing) < len(ids):
+            hidden = hidden[drawing]
+        drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))
+        tokens: list[list[int]] = [[] for _ in sequences]
+        for row, seq in zip(order, batch, strict=True):
+            if seq.draws:
+                tokens[row] = [next(drawn)]
         return tokens
-
-    def _share_prefixes(self, model: str, sequences: Items[Sequence]) -> list[int]:
-        """Rows to run now. A sequence that starts shares pages with one that holds its prompt's beginning; if
-        that one is only starting too, it waits until those pages are filled.
-        """
-        running: list[int] = []
-        for row, seq in enumerate(sequences):
-            if seq.starting and len(seq.feed) > PAGE_SIZE:
-                for other in self.open_sequences[model]:
-                    if other is not seq and not other.starting:
-                        seq.adopt(other)
-                if any(sequences[r].starting and seq.repeats(sequences[r]) for r in running):
-                    continue
-            running.append(row)
-        return running
 
     def _draw(self, gpt: GPT, hidden: Tensor, sequences: Items[Sequence]) -> list[int]:
         """One token a row. Rows of one window share a pass of the head, and those of one rule a draw."""
@@ -165,9 +157,8 @@ class EagerRunner:
         return results
 
     @torch.inference_mode()
-    def vocode(self, work: Vocode) -> FloatArray:
-        samples: FloatArray = self.codec(self._tensor(work.codes)).float().cpu().numpy()
-        return samples
+    def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
+        return [self.codec(self._tensor(work.codes)).float().cpu().numpy() for work in works]
 
     def _integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, device=self.device)

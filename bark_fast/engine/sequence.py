@@ -18,17 +18,22 @@ class Sequence:
     """Carries one utterance through successive `Decode`s of one model.
 
     The next prompt is compared with the tokens cached: their common prefix is kept, only the rest is fed.
+
+    cached: tokens whose keys and values the pages hold. pending: tokens to be fed before the next draw. feed:
+    those of them that the next step feeds, as the scheduler granted. drawn, steps: tokens of this `Decode`, and
+    draws, EOS included. admitted: the scheduler has given it pages.
     """
 
     def __init__(self, pool: KVPool, noise: NoiseSource, stream: int) -> None:
         self.pool, self.noise, self.stream = pool, noise, stream
         self.handle = pool.pool.create()
         self.cached: list[int] = []
+        self.pending: list[int] = []
         self.feed: list[int] = []
         self.drawn: list[int] = []
         self.merged: IntArray | None = None
         self.steps = 0
-        self.done = False
+        self.done = self.admitted = False
 
     def begin(self, work: Decode) -> None:
         """Take up `work`; keep what its prompt shares with the pages."""
@@ -41,7 +46,7 @@ class Sequence:
             )
         keep = self._shared_with(prompt, work.merged)
         self.pool.pool.truncate(self.handle, keep)
-        self.cached, self.feed = prompt[:keep], prompt[keep:]
+        self.cached, self.pending, self.feed = prompt[:keep], prompt[keep:], []
         self.work, self.merged = work, work.merged
         self.drawn, self.steps = [], 0
         self.done = work.max_new_tokens == 0
@@ -57,18 +62,18 @@ class Sequence:
 
     def adopt(self, other: Sequence) -> bool:
         """Share `other`'s pages for the part of the prompt both have, if that is more than is cached here."""
-        prompt = self.cached + self.feed
+        prompt = self.cached + self.pending
         keep = other._shared_with(prompt, self.merged)
         if keep <= len(self.cached):
             return False
         forked = self.pool.pool.fork(other.handle, keep)
         self.pool.pool.free(self.handle)
-        self.handle, self.cached, self.feed = forked, prompt[:keep], prompt[keep:]
+        self.handle, self.cached, self.pending = forked, prompt[:keep], prompt[keep:]
         return True
 
     def repeats(self, other: Sequence) -> bool:
         """Whether `other` is about to feed tokens that this sequence could share afterwards."""
-        theirs, mine = other.cached + other.feed, self.cached + self.feed
+        theirs, mine = other.cached + other.pending, self.cached + self.pending
         return same_ids(self.merged, other.merged) and common_prefix(theirs, mine[:-1]) > len(self.cached)
 
     def extra_feed(self) -> list[int]:
@@ -77,38 +82,60 @@ class Sequence:
         extra = [] if self.merged is None else self.merged[start : start + len(self.feed)].tolist()
         return extra + [NO_TOKEN] * (len(self.feed) - len(extra))
 
+    def forget(self) -> None:
+        """Give the pages back. What they held will be fed again: the prompt, and all drawn since."""
+        self.pool.pool.truncate(self.handle, 0)
+        self.cached, self.pending, self.feed = [], self.cached + self.pending, []
+        self.admitted = False
+
+    def grant(self, rows: int) -> None:
+        """Feed `rows` of the pending tokens in the next step."""
+        self.feed = self.pending[:rows]
+
     @property
-    def starting(self) -> bool:
-        """Whether the prompt is still to be fed."""
-        return self.steps == 0
+    def draws(self) -> bool:
+        """Whether the next step feeds all that is pending, and so draws a token."""
+        return len(self.feed) == len(self.pending)
 
     @property
     def step(self) -> int:
         """Index of the next draw within the stage."""
         return self.work.first_step + self.steps
 
-    def push(self, token: int) -> None:
-        """The fed tokens are cached and `token` was drawn."""
-        if token == INVALID_TOKEN:
-            raise GenerationError(
-                f"{self.work.model} produced logits that are NaN or infinite at step {self.step}; "
-                f"check the checkpoint, or use dtype float32 or bfloat16"
-            )
+    def take(self, tokens: Items[int]) -> None:
+        """What was granted is cached, and `tokens` were drawn one after the other.
+
+        A runner that runs ahead feeds each token it draws; what it drew beyond the end is dropped.
+        """
+        if self.draws and not tokens:
+            raise GenerationError(f"{self.work.model}'s runner drew no token at step {self.step}; report this")
         self.cached += self.feed
-        self.steps += 1
-        if token == self.work.rule.eos_token:
-            self.done = True
-            return
-        self.drawn.append(token)
-        self.feed = [token]
-        self.done = len(self.drawn) >= self.work.max_new_tokens
+        self.pending = self.pending[len(self.feed) :]
+        self.feed = []
+        for token in tokens:
+            if token == INVALID_TOKEN:
+                raise GenerationError(
+                    f"{self.work.model} produced logits that are NaN or infinite at step {self.step}; "
+                    f"check the checkpoint, or use dtype float32 or bfloat16"
+                )
+            self.cached += self.pending
+            self.pending = []
+            self.steps += 1
+            if token == self.work.rule.eos_token:
+                self.done = True
+                return
+            self.drawn.append(token)
+            self.pending = [token]
+            self.done = len(self.drawn) >= self.work.max_new_tokens
+            if self.done:
+                return
 
     def result(self) -> Decoded:
         """What was drawn, EOS left out."""
         return Decoded(np.array(self.drawn, dtype=np.int64), self.steps)
 
     def close(self) -> None:
-        """Give the pages back."""
+        """Give the pages back for good."""
         self.pool.pool.free(self.handle)
 
 

@@ -1,42 +1,144 @@
-"""From logits to a token, in either dialect. Plain torch, fp32 throughout."""
+"""From logits to a token, in either dialect: fp32 throughout, plain torch here, one launch on a GPU.
+
+A column of -inf cannot be drawn. A row with NaN or +inf, or with no finite logit, is invalid and says so.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.rule_rows import RuleRows, pack_rules, seed_of, unpack_rule
 from bark_fast.sampling import SamplingRule
 
 INVALID_TOKEN = -1
-"""Stands for a row whose logits held NaN or infinity."""
+"""Stands for a row whose logits held NaN or +inf, or nothing that can be drawn."""
 
 
 def sample(logits: Tensor, noise: Tensor | None, rule: SamplingRule, eos_index: int | None) -> Tensor:
-    """Draw one index per row.
+    """Draw one index per row, all rows under one rule.
 
     logits: (rows, width), the rows of the head that may be drawn, untouched. noise: (rows, width) Exp(1), None
     when the rule is greedy. eos_index: column of EOS in this window, None when it has none.
-    Returns (rows,) int64 column indices, `INVALID_TOKEN` where logits are not finite.
+    Returns (rows,) int64 column indices, `INVALID_TOKEN` where a row is invalid.
     """
-    scores = logits.float()
-    finite = torch.isfinite(scores).all(dim=-1)
-    draw = _sample_suno if rule.dialect == "suno" else _sample_hf
-    return torch.where(finite, draw(scores, noise, rule, eos_index), INVALID_TOKEN)
+    if uses_triton(logits):
+        rows = _one_rule(rule, logits.shape[-1], eos_index, logits.device)
+        return sample_rows(logits, rows.expand(len(logits)), noise=noise)
+    return _sample(logits, noise, rule, eos_index)
 
 
 def sample_codes(logits: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
     """Draw one code per row by temperature alone (the fine stage). temperature 0.0 is argmax.
 
-    logits: (rows, codebook_size). Returns (rows,) int64, `INVALID_TOKEN` where logits are not finite.
+    logits: (rows, codebook_size). Returns (rows,) int64, `INVALID_TOKEN` where a row is invalid.
     """
+    width = logits.shape[-1]
+    return sample(logits, noise, SamplingRule("suno", ((0, width),), width, temperature), None)
+
+
+def sample_rows(
+    logits: Tensor, rules: RuleRows, places: Tensor | None = None, noise: Tensor | None = None,
+    logits_low: int = 0, tokens: Tensor | None = None, flag: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Draw one token per row, each under its own rule, at its own step, from its own noise.
+
+    logits: (rows, width), column c being row logits_low + c of the head; the window of a row's step is what of it
+    may be drawn, and must lie within. places: (rows, 4) int64, seed, step, stream and chunk, see `place_row`:
+    the step picks the window, all of it the noise of `PhiloxNoise`. noise: (rows, window) Exp(1) to use instead,
+    column c for row low + c of the head. Without places the step is 0; without either all rules are greedy.
+    Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its window outside
+    the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and flag are made when
+    not given. On a GPU this is one launch that reads nothing on the host.
+    """
+    if tokens is None:
+        tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    if flag is None:
+        flag = torch.zeros(1, dtype=torch.int32, device=logits.device)
+    call = _sample_rows if is_eager(logits) else torch.ops.bark_fast.sample_rows
+    call(
+        logits,
+        rules.integers,
+        rules.numbers,
+        places,
+        noise,
+        tokens,
+        flag,
+        rules.window,
+        rules.filters,
+        logits_low,
+    )
+    return tokens
+
+
+def exponential(places: Tensor, width: int) -> Tensor:
+    """Exp(1) noise (rows, width) fp32 of places (rows, 4) int64: row by row that of `PhiloxNoise.codes`.
+
+    On a GPU the words are those of Philox bit for bit, the logarithm may differ in its last bits.
+    """
+    if is_eager(places):
+        return _exponential(places, width)
+    result: Tensor = torch.ops.bark_fast.exponential(places, width)
+    return result
+
+
+def _sample(logits: Tensor, noise: Tensor | None, rule: SamplingRule, eos_index: int | None) -> Tensor:
     scores = logits.float()
-    finite = torch.isfinite(scores).all(dim=-1)
-    if temperature == 0.0:
-        codes = scores.argmax(dim=-1)
-    else:
-        codes = race(F.softmax(scores / temperature, dim=-1), noise)
-    return torch.where(finite, codes, INVALID_TOKEN)
+    highest = scores.amax(dim=-1)  # NaN wins
+    valid = torch.isfinite(highest)
+    draw = _sample_suno if rule.dialect == "suno" else _sample_hf
+    return torch.where(valid, draw(scores, noise, rule, eos_index), INVALID_TOKEN)
+
+
+def _sample_rows(
+    logits: Tensor, integers: Tensor, numbers: Tensor, places: Tensor | None, noise: Tensor | None,
+    tokens: Tensor, flag: Tensor, window: int, filters: bool, logits_low: int,
+) -> None:  # fmt: skip
+    if uses_triton(logits):
+        from bark_fast.kernels import sampling as kernels
+
+        kernels.sample(
+            logits, noise, integers, numbers, places, window, logits_low, filters, tokens=tokens, flag=flag
+        )
+        return
+    at = [[0, 0, 0, 0]] * len(logits) if places is None else places.tolist()
+    for row, (seed, step, stream, chunk) in enumerate(at):
+        rule = unpack_rule(integers[row].tolist(), numbers[row].tolist())
+        low, high = rule.window(step)
+        token = INVALID_TOKEN
+        if logits_low <= low < high <= logits_low + logits.shape[1]:
+            drawn = None if noise is None else noise[row, None, : high - low]
+            if drawn is None and not rule.greedy and places is not None:
+                drawn = PhiloxNoise(seed_of(seed), logits.device).codes(chunk, stream, step, 1, high - low)
+            eos = None if rule.eos_token is None or not low <= rule.eos_token < high else rule.eos_token - low
+            scores = logits[row, None, low - logits_low : high - logits_low]
+            token = int(_sample(scores, drawn, rule, eos))
+        tokens[row] = token if token == INVALID_TOKEN else token + low
+    flag |= (tokens == INVALID_TOKEN).any()
+
+
+def _exponential(places: Tensor, width: int) -> Tensor:
+    if uses_triton(places):
+        from bark_fast.kernels import philox
+
+        noise: Tensor = philox.exponential(places, width)
+        return noise
+    rows = [
+        PhiloxNoise(seed_of(seed), places.device).codes(chunk, stream, step, 1, width)
+        for seed, step, stream, chunk in places.tolist()
+    ]
+    return torch.cat(rows) if rows else torch.empty(0, width, device=places.device)
+
+
+@lru_cache(maxsize=64)
+def _one_rule(rule: SamplingRule, width: int, eos_index: int | None, device: torch.device) -> RuleRows:
+    return pack_rules([replace(rule, windows=((0, width),), eos_token=eos_index)], device)
 
 
 def race(probabilities: Tensor, noise: Tensor | None) -> Tensor:
@@ -78,7 +180,8 @@ def _sample_hf(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_ind
     if rule.top_k is not None:
         scores = _keep_top_k(scores, rule.top_k)
     if rule.top_p is not None and rule.top_p < 1.0:
-        ordered, order = torch.sort(scores, dim=-1)
+        # stable: among equal logits the highest index stays, as transformers' sort leaves it on a CPU
+        ordered, order = torch.sort(scores, dim=-1, stable=True)
         beyond = F.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1 - rule.top_p
         beyond[..., -1] = False
         scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
@@ -89,3 +192,16 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
     """-inf below the k-th highest score; ties with it stay."""
     threshold = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values[..., -1:]
     return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+define(
+    "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, "
+    "Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
+    _sample_rows,
+    lambda *arguments: None,
+)
+define(
+    "exponential(Tensor places, int width) -> Tensor",
+    _exponential,
+    lambda places, width: places.new_empty(len(places), width, dtype=torch.float32),
+)

@@ -1,0 +1,230 @@
+"""One round after another: who feeds, draws, predicts or decodes next, and which of them go together."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from bark_fast.engine.admission import Admission
+from bark_fast.engine.held_noise import HeldNoise
+from bark_fast.engine.runner import Runner
+from bark_fast.engine.utterance import Active, Outcome, Owner, Utterance
+from bark_fast.errors import GenerationError
+from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.work import Decode, FinePass, Join, Vocode, Work
+
+T = TypeVar("T")
+MODELS = ("semantic", "coarse")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one round, so that nobody waits long for others.
+
+    utterances: how many are under way at a time. prefill_rows: prompt tokens fed to one model. fine_windows:
+    windows of one fine pass.
+    """
+
+    utterances: int = 16
+    prefill_rows: int = 512
+    fine_windows: int = 4
+
+
+class Rounds(Generic[T]):
+    """Carries many utterances forward, a piece of work each a round. For one thread at a time.
+
+    The oldest come first; `Admission` says who has pages. An error in a batch ends no innocent: its members go
+    on one by one, until the one at fault ends alone.
+    """
+
+    def __init__(self, runner: Runner, limits: Limits) -> None:
+        self.runner, self.limits = runner, limits
+        self.active: list[Active[T]] = []
+        self.waiting: deque[list[Active[T]]] = deque()
+        self.admission = Admission(runner, limits.prefill_rows)
+
+    def enter(self, owner: Owner, party: Iterable[tuple[int, Utterance[T]]]) -> None:
+        """Queue utterances that must be under way together: one, or the members of a group. From any thread."""
+        self.waiting.append([
+            Active(
+                owner, index, one.stage,
+                one.noise if isinstance(one.noise, PhiloxNoise) else HeldNoise(one.noise), one.group,
+            )
+            for index, one in party
+        ])  # fmt: skip
+
+    def drop(self, owner: Owner, index: int | None = None) -> None:
+        """End the owner's utterances, or the one of this index, waiting or under way, without an outcome."""
+
+        def meant(one: Active[T]) -> bool:
+            return one.owner is owner and index in (None, one.index)
+
+        parties = list(self.waiting)
+        self.waiting.clear()
+        for party in parties:
+            for one in filter(meant, party):
+                one.stage.close()
+            left = [one for one in party if not meant(one)]
+            if left:
+                self.waiting.append(left)
+        for one in list(filter(meant, self.active)):
+            self.active.remove(one)
+            self._close(one)
+
+    def round(self) -> None:
+        """Carry everybody a piece of work further."""
+        self._admit()
+        try:
+            for model in MODELS:
+                self._decode(model)
+            self._fine()
+            self._vocode()
+            self._join()
+        except BaseException:  # Ctrl-C in the midst of a step: what its pages hold is in doubt
+            for one in self.active:
+                if one.sequence is not None:
+                    one.sequence.forget()
+            raise
+        for one in list(self.active):
+            if one.answer is not None:
+                self._advance(one)
+
+    def _admit(self) -> None:
+        """Begin with those who wait, as long as there are places for a whole party, or it is alone."""
+        while self.waiting:
+            free = self.limits.utterances - len(self.active)
+            if self.active and len(self.waiting[0]) > free:
+                break
+            self.active += self.waiting.popleft()
+            for one in [one for one in self.active if one.work is None]:
+                self._advance(one)
+
+    def _advance(self, one: Active[T]) -> None:
+        """Send the answer to the coroutine and take up its next work, or report how it ended."""
+        answer, one.answer = one.answer, None
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            self._begin(one, one.stage.send(answer))
+        except StopIteration as end:
+            self._end(one, Outcome(one.index, result=end.value))
+        except Exception as error:
+            self._end(one, Outcome(one.index, error=error))
+        except BaseException:
+            self._end(one, Outcome(one.index, error=GenerationError("the utterance was interrupted")))
+            raise
+
+    def _begin(self, one: Active[T], work: Work) -> None:
+        same_model = isinstance(work, Decode) and isinstance(one.work, Decode) and one.work.model == work.model
+        if not same_model:
+            self._give_back(one)
+        one.work = work
+        if isinstance(work, Decode):
+            if one.sequence is None:
+                one.sequence = self.runner.open(work.model, one.noise)
+            one.sequence.begin(work)
+            if one.sequence.done:
+                one.answer = one.sequence.result()
+
+    def _end(self, one: Active[T], outcome: Outcome[T]) -> None:
+        self.active.remove(one)
+        self._close(one)
+        one.owner.ended(outcome)
+
+    def _close(self, one: Active[T]) -> None:
+        try:
+            one.stage.close()
+        finally:
+            self._give_back(one)
+
+    def _give_back(self, one: Active[T]) -> None:
+        if one.sequence is not None and isinstance(one.work, Decode):
+            sequence, one.sequence = one.sequence, None
+            self.runner.close(one.work.model, sequence)
+
+    def _decode(self, model: str) -> None:
+        """One step of `model` for all who can go."""
+        everybody = [one for one in self._waiting_for(Decode) if one.work.model == model]
+        pairs = self.admission.plan(model, everybody)
+        if not pairs:
+            return
+        batch, sequences = [one for one, _ in pairs], [sequence for _, sequence in pairs]
+        drawn = self._together(batch, lambda: self.runner.step(model, sequences))
+        for (one, sequence), tokens in zip(pairs, drawn or [], strict=drawn is not None):
+            try:
+                sequence.take(tokens)
+                if tokens:
+                    one.alone = False
+                    one.saw(sequence.steps)
+                if sequence.done:
+                    one.answer = sequence.result()
+            except Exception as error:
+                one.answer = error
+
+    def _fine(self) -> None:
+        """One codebook of the windows that wait for the same as the oldest does."""
+        batch = self._alike(self._waiting_for(FinePass), lambda work: (work.codebook, work.codes.shape))
+        batch = batch[: self.limits.fine_windows]
+        passes, noise = [one.work for one in batch], [one.noise for one in batch]
+        self._answer(batch, lambda: self.runner.fine(passes, noise))
+
+    def _vocode(self) -> None:
+        """The waveforms of codes as long as the oldest's."""
+        batch = self._alike(self._waiting_for(Vocode), lambda work: work.codes.shape)
+        works = [one.work for one in batch]
+        self._answer(batch, lambda: self.runner.vocode(works))
+
+    def _waiting_for(self, kind: type) -> list[Any]:
+        """Who waits for this kind of work, the oldest first."""
+        return [one for one in self.active if isinstance(one.work, kind) and one.answer is None]
+
+    @staticmethod
+    def _alike(waiting: list[Any], key: Callable[[Any], Any]) -> list[Any]:
+        """Those whose work can go with the oldest's; a suspect goes alone."""
+        suspects = [one for one in waiting if one.alone]
+        return suspects[:1] or [one for one in waiting if key(one.work) == key(waiting[0].work)]
+
+    def _answer(self, batch: list[Active[T]], call: Callable[[], Items[Any]]) -> None:
+        answers = self._together(batch, call) if batch else None
+        for one, answer in zip(batch, answers or [], strict=answers is not None):
+            one.answer, one.alone = answer, False
+            one.saw(1)
+
+    def _together(self, batch: list[Active[T]], call: Callable[[], Items[Any]]) -> Items[Any] | None:
+        """The results of `call`, None if it failed. Who is at fault shows when each runs alone."""
+        try:
+            return call()
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].answer = error
+                return None
+            warnings.warn(
+                f"a batch of {len(batch)} utterances failed ({type(error).__name__}: {error}); they go on one "
+                f"by one until it shows which is at fault",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            for one in batch:
+                one.alone = True
+                if one.sequence is not None:
+                    one.sequence.forget()
+            return None
+
+    def _join(self) -> None:
+        """Release a group once all its members wait; a member that ended early no longer counts."""
+        for group in {id(one.group): one.group for one in self.active}.values():
+            if group is None:
+                continue
+            members = [one for one in self.active if one.group is group]
+            joins = [one.work for one in members if isinstance(one.work, Join) and one.answer is None]
+            if len(joins) < len(members):
+                continue
+            longest = max(join.steps for join in joins)
+            values = [join.value for join in joins]
+            for one, join in zip(members, joins, strict=True):
+                one.noise.skip(join.rule, longest - join.steps)
+                one.answer = values

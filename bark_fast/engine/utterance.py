@@ -1,0 +1,75 @@
+"""An utterance as the engine sees it: a coroutine of work, somebody who waits for it, and how far it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from bark_fast.engine.sequence import Sequence
+from bark_fast.ops.noise import NoiseSource
+from bark_fast.work import Stage, Work
+
+T = TypeVar("T")
+
+
+class Group:
+    """Identity of a set of utterances that wait for each other at every `Join`."""
+
+
+@dataclass
+class Utterance(Generic[T]):
+    """A coroutine of work, its noise, and its group when it has one."""
+
+    stage: Stage[T]
+    noise: NoiseSource
+    group: Group | None = None
+
+
+@dataclass
+class Outcome(Generic[T]):
+    """How utterance `index` ended: with a result, or with the error it alone met."""
+
+    index: int
+    result: T | None = None
+    error: Exception | None = None
+
+
+class Owner(Protocol):
+    """Who wants to know how an utterance fares. Called in the midst of a round: must not raise."""
+
+    def saw(self, index: int, work: Work, done: int) -> None:
+        """`done` tokens or passes of its current work are there."""
+        ...
+
+    def ended(self, outcome: Outcome[Any]) -> None:
+        """It ended."""
+        ...
+
+
+@dataclass(eq=False)
+class Active(Generic[T]):
+    """An utterance under way, or waiting to be: its owner's number for it, its work, its pages.
+
+    answer: what the stage is sent next, an exception included. alone: it was in a batch that failed, and runs
+    by itself until it has shown that it was not the reason.
+    """
+
+    owner: Owner
+    index: int
+    stage: Stage[T]
+    noise: NoiseSource
+    group: Group | None
+    work: Work | None = None
+    sequence: Sequence | None = None
+    answer: Any = None
+    alone: bool = False
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it may hold pages."""
+        return self.sequence is not None and self.sequence.admitted
+
+    def saw(self, done: int) -> None:
+        """Report `done` units of the current work."""
+        if self.work is not None:
+            self.owner.saw(self.index, self.work, done)

@@ -1,0 +1,213 @@
+"""Decoding in bursts draws the tokens that decoding step by step draws, whatever else is going on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bark_fast.engine import decode_loop
+from bark_fast.engine.decode_loop import BURST, DecodeLoop
+from bark_fast.engine.graph_runner import GraphRunner
+from bark_fast.engine.kv_pool import PAGE_SIZE
+from bark_fast.engine.runner import EagerRunner
+from bark_fast.engine.scheduler import Scheduler, Utterance
+from bark_fast.errors import GenerationError
+from bark_fast.ops.noise import PhiloxNoise, TorchNoise
+from bark_fast.pipeline import Bark
+from bark_fast.sampling import SamplingRule
+from bark_fast.work import Decode, Stage
+
+SEMANTIC = ((0, 10_001),)
+COARSE = ((10_000, 11_024), (11_024, 12_048))
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def runner_of(kind: type[EagerRunner], bark: Bark, device: str, sequences: int = 16) -> EagerRunner:
+    """A runner over `bark`'s models whose pages hold NaN until they are written."""
+    old = bark.runner
+    models = [old.models["semantic"], old.models["coarse"], old.fine_model, old.codec]
+    runner = kind(*(model.to(device) for model in models), max_sequences=sequences)
+    for pool in runner.pools.values():
+        for pages in (*pool.keys, *pool.values):
+            pages.fill_(torch.nan)
+    return runner
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frequent_eos(suno_bark: Bark) -> Iterator[None]:
+    """A semantic head that often draws EOS, so that sequences end in the midst of bursts."""
+    head = suno_bark.runner.models["semantic"].head.weight
+    kept = head[10_000].detach().clone()
+    with torch.no_grad():
+        head[10_000] *= 6
+        yield
+        head[10_000] = kept
+
+
+@pytest.fixture
+def models_back_on_the_cpu(suno_bark: Bark) -> Iterator[None]:
+    """Other tests share them."""
+    yield
+    old = suno_bark.runner
+    for model in (old.models["semantic"], old.models["coarse"], old.fine_model, old.codec):
+        model.to("cpu")
+
+
+def random_rule(rng: random.Random, model: str) -> SamplingRule:
+    """Any dialect and filters; EOS is frequent in the semantic model."""
+    semantic = model == "semantic"
+    return SamplingRule(
+        rng.choice(["suno", "hf"]), SEMANTIC if semantic else COARSE, 10_048 if semantic else 12_096,
+        temperature=rng.choice([0.0, 0.7, 1.3]), top_k=rng.choice([None, 5, 200]),
+        top_p=rng.choice([None, 0.8]), min_eos_p=rng.choice([None, 2e-3]) if semantic else None,
+        eos_token=10_000 if semantic else None,
+    )  # fmt: skip
+
+
+def random_stage(seed: int) -> Stage[list[int]]:
+    """A few decodes one after the other, some of which share a prefix; lengths cross pages and bursts."""
+    rng = random.Random(seed)
+    model = rng.choice(["semantic", "coarse"])
+    rule = random_rule(rng, model)
+    low, high = rule.windows[0]
+    tokens: list[int] = []
+    drawn: list[int] = []
+    step = 0
+    for _ in range(rng.randint(1, 3)):
+        count = rng.choice([1, 2, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 40])
+        prompt = (tokens if rng.random() < 0.7 else []) + [rng.randrange(low, high - 1) for _ in range(count)]
+        limit = rng.choice([0, 1, BURST - 1, BURST, BURST + 1, BURST + 2, 2 * BURST + 1, 37])
+        work = Decode(model, torch.tensor(prompt).numpy(), rule, limit, first_step=step)
+        result = yield work
+        drawn += [*result.tokens.tolist(), result.steps]
+        tokens = prompt + result.tokens.tolist()
+        step += result.steps
+    return drawn
+
+
+def tokens_of(runner: EagerRunner, seeds: list[int], max_batch: int = 16) -> dict[int, list[int]]:
+    """What each random stage drew, all in one scheduler."""
+    jobs = (Utterance(random_stage(seed), PhiloxNoise(seed, runner.device)) for seed in seeds)
+    drawn = {}
+    for outcome in Scheduler(runner, max_batch=max_batch).run(jobs):
+        assert outcome.error is None, outcome.error
+        drawn[seeds[outcome.index]] = outcome.result
+    return drawn
+
+
+def assert_empty(runner: EagerRunner) -> None:
+    """No page and no sequence is left."""
+    for pool in runner.pools.values():
+        assert pool.pool.stats().pages_used == pool.pool.stats().sequences == 0
+
+
+@pytest.fixture(scope="module")
+def alone(suno_bark: Bark) -> dict[int, list[int]]:
+    """Each stage's tokens when it is decoded step by step, by itself."""
+    runner = runner_of(EagerRunner, suno_bark, "cpu")
+    drawn = {seed: tokens_of(runner, [seed])[seed] for seed in range(60)}
+    assert sum(map(len, drawn.values())) > 1000 and len({tuple(t) for t in drawn.values()}) > 50
+    return drawn
+
+
+@pytest.mark.usefixtures("models_back_on_the_cpu")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("max_batch", [1, 3, 16])
+def test_bursts_draw_what_steps_draw(suno_bark: Bark, alone, device: str, max_batch: int) -> None:
+    runner = runner_of(GraphRunner, suno_bark, device)
+    assert tokens_of(runner, list(alone), max_batch) == alone
+    assert_empty(runner)
+    assert isinstance(runner, GraphRunner)
+    assert bool(runner.captures) == (device == "cuda")
+
+
+@pytest.mark.usefixtures("models_back_on_the_cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_under_constant_preemption(suno_bark: Bark, alone, device: str) -> None:
+    runner = runner_of(GraphRunner, suno_bark, device, sequences=1)
+    scheduler: Scheduler = Scheduler(runner, max_batch=12)
+    jobs = [Utterance(random_stage(seed), PhiloxNoise(seed, runner.device)) for seed in alone]
+    for pool in runner.pools.values():
+        hostage = pool.pool.create()  # leaves pages for about two sequences
+        pool.pool.extend(hostage, (pool.pool.stats().pages_free - 16) * PAGE_SIZE)
+    outcomes = {o.index: o for o in scheduler.run(jobs)}
+    assert [outcomes[seed].error for seed in alone] == [None] * len(alone)
+    assert {seed: outcomes[seed].result for seed in alone} == alone
+    assert scheduler.rounds.admission.preemptions > 5
+
+
+def test_a_cancelled_neighbour_changes_nothing_and_leaves_nothing(suno_bark: Bark, alone) -> None:
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    scheduler: Scheduler = Scheduler(runner)
+    seeds = list(alone)[:12]
+    running = scheduler.run(Utterance(random_stage(s), PhiloxNoise(s, runner.device)) for s in seeds)
+    first = next(running)
+    running.close()
+    assert first.result == alone[seeds[first.index]]
+    assert_empty(runner)
+    assert tokens_of(runner, seeds) == {seed: alone[seed] for seed in seeds}
+
+
+def test_noise_of_a_torch_generator_is_stepped_eagerly(suno_bark: Bark, monkeypatch) -> None:
+    def stage() -> Stage[list[int]]:
+        rule = SamplingRule("suno", SEMANTIC, 10_048, temperature=0.7)
+        return (yield Decode("semantic", torch.arange(20).numpy(), rule, 25)).tokens.tolist()
+
+    def drawn(kind: type[EagerRunner]) -> list[int]:
+        runner = runner_of(kind, suno_bark, "cpu")
+        noise = TorchNoise(torch.Generator().manual_seed(5), runner.device, "suno")
+        (outcome,) = Scheduler(runner).run([Utterance(stage(), noise)])
+        assert outcome.error is None and outcome.result is not None
+        return outcome.result
+
+    monkeypatch.setattr(DecodeLoop, "run", lambda *_: pytest.fail("a burst was asked for"))
+    assert drawn(GraphRunner) == drawn(EagerRunner)
+
+
+def test_a_step_takes_more_than_one_token_from_a_burst(suno_bark: Bark) -> None:
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    steps = []
+    original = runner.step
+    runner.step = lambda model, seqs: steps.append(original(model, seqs)) or steps[-1]  # type: ignore[method-assign]
+    tokens_of(runner, [3])
+    assert max(len(tokens) for step in steps for tokens in step) == BURST
+
+
+def straight(prompt: int) -> Stage[list[int]]:
+    """A prompt of so many tokens and 40 more."""
+    rule = SamplingRule("suno", COARSE, 12_096, temperature=0.7)
+    work = Decode("coarse", torch.arange(10_000, 10_000 + prompt).numpy(), rule, 40)
+    return (yield work).tokens.tolist()
+
+
+@pytest.mark.parametrize("prompt", range(1, PAGE_SIZE + 2))
+def test_a_burst_may_end_anywhere_in_a_page(suno_bark: Bark, prompt: int) -> None:
+    drawn = []
+    for kind in (EagerRunner, GraphRunner):
+        runner = runner_of(kind, suno_bark, "cpu")
+        (outcome,) = Scheduler(runner).run([Utterance(straight(prompt), PhiloxNoise(1, runner.device))])
+        assert outcome.error is None
+        drawn.append(outcome.result)
+    assert drawn[0] == drawn[1]
+
+
+def test_a_key_stored_nowhere_is_noticed(suno_bark: Bark, monkeypatch) -> None:
+    monkeypatch.setattr(decode_loop._Row, "wants", lambda row, steps: min(steps, row.left) - row.reserved)
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    prompt = PAGE_SIZE - BURST  # the first burst fills the page
+    (outcome,) = Scheduler(runner).run([Utterance(straight(prompt), PhiloxNoise(1, runner.device))])
+    assert isinstance(outcome.error, GenerationError)
+
+
+def test_a_burst_that_a_new_prompt_has_overtaken_is_noticed(suno_bark: Bark, alone, monkeypatch) -> None:
+    def whoever_they_are_now(burst, sequences) -> bool:
+        return [row.sequence for row in burst.rows] == list(sequences)
+
+    monkeypatch.setattr(DecodeLoop, "_carries", staticmethod(whoever_they_are_now))
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    jobs = [Utterance(random_stage(seed), PhiloxNoise(seed, runner.device)) for seed in range(20)]
+    outcomes = {o.index: o.result for o in Scheduler(runner, max_batch=1).run(jobs)}
+    assert outcomes != {seed: alone[seed] for seed in range(20)}
