@@ -19,7 +19,13 @@ from torch import Tensor
 from bark_fast.kernels.philox import STEP, exponential_at, exponential_run, load_place
 from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.kernels.selection import (
-    LAST_INDEX, LOWEST_KEY, any_row, cut, order_key, search, weights,
+    LAST_INDEX,
+    LOWEST_KEY,
+    any_row,
+    cut,
+    order_key,
+    search,
+    weights,
 )  # fmt: skip
 from bark_fast.kernels.target import COMPILE
 
@@ -254,7 +260,7 @@ def sample(
     flag = torch.zeros(1, dtype=torch.int32, device=logits.device) if flag is None else flag
     if filters and block > chunk and scratch is None:
         scratch = torch.empty(rows, chunk, dtype=torch.int32, device=logits.device)
-    assert scratch is None or scratch.shape == (rows, chunk) and scratch.is_contiguous()
+    assert scratch is None or (scratch.shape == (rows, chunk) and scratch.is_contiguous())
     assert tokens.is_contiguous() and tokens.dtype == torch.int64 and len(tokens) == rows
     if rows:
         _sample_kernel[(triton.cdiv(rows, rows_a_program),)](

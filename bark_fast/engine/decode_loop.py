@@ -19,6 +19,7 @@ from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_state import DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.norm_linear import linear_scratch
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
 
@@ -80,8 +81,10 @@ class _Row:
 class _Buffers:
     """What the steps of so many rows read and write, on the device, at addresses that never change."""
 
-    def __init__(self, rows: int, pages: int, device: torch.device) -> None:
-        self.state = DecodeState.empty(rows, pages, BURST, device)
+    def __init__(self, rows: int, pool: KVPool) -> None:
+        device = pool.device
+        self.state = DecodeState.empty(rows, pool.max_pages, BURST, device)
+        self.scratch = linear_scratch(rows, 4 * pool.config.n_embd, device)
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.integers = torch.zeros(rows, len(RuleInt), dtype=torch.int32, device=device)
         self.numbers = torch.zeros(rows, len(RuleFloat), dtype=torch.float32, device=device)
@@ -238,9 +241,11 @@ class DecodeLoop:
         state = buffers.state
         batch = StepBatch(
             counts=[1] * shape.rows, totals=[], slots=state.slots, block_tables=state.block_tables,
-            lengths=state.lengths, query_starts=buffers.starts, paged=shape.rows,
+            lengths=state.lengths, query_starts=buffers.starts, prefill_starts=buffers.starts[:1],
+            paged=shape.rows,
         )  # fmt: skip
-        hidden = self.gpt(state.ids, state.positions, partial(self.pool.attend, batch))
+        attend = partial(self.pool.attend, batch)
+        hidden = self.gpt(state.ids, state.positions, attend, scratch=buffers.scratch)
         logits = self.gpt.logits(hidden, shape.low, shape.high)
         rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
         advance(state, sample_rows(logits, rules, state.places, logits_low=shape.low), PAGE_SIZE)
@@ -248,7 +253,7 @@ class DecodeLoop:
     def _prepare(self, shape: _Shape) -> _Buffers:
         """The buffers for steps of this shape; the step is captured if that is still to be done."""
         if shape.rows not in self.buffers:
-            self.buffers[shape.rows] = _Buffers(shape.rows, self.pool.max_pages, self.pool.device)
+            self.buffers[shape.rows] = _Buffers(shape.rows, self.pool)
         buffers = self.buffers[shape.rows]
         if not self.capture or shape in self.graphs:
             return buffers

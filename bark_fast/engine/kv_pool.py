@@ -14,6 +14,8 @@ from bark_fast.config import GPTConfig
 from bark_fast.engine.page_pool import make_pool
 from bark_fast.ops import paged_kv
 from bark_fast.ops.attention import attention
+from bark_fast.ops.dispatch import uses_triton
+from bark_fast.ops.paged_prefill import paged_prefill
 
 PAGE_SIZE = 16
 MAX_PAGED_QUERIES = 8
@@ -25,8 +27,9 @@ class StepBatch:
     """Where the new tokens of one step go and what they attend to. One for all layers.
 
     counts, totals: new tokens and all keys of each sequence. On the device: slots (rows,) int64, block_tables
-    (sequences, pages) int32, lengths (sequences,) int32 as `totals`, query_starts (paged + 1,) int32 rows.
-    The first `paged` sequences attend over pages.
+    (sequences, pages) int32, lengths (sequences,) int32 as `totals`. The first `paged` sequences attend over
+    pages; query_starts (paged + 1,) int32 are their first rows, prefill_starts those of the others, counted
+    from the first of these.
     """
 
     counts: list[int]
@@ -35,6 +38,7 @@ class StepBatch:
     block_tables: Tensor
     lengths: Tensor
     query_starts: Tensor
+    prefill_starts: Tensor
     paged: int
 
 
@@ -84,15 +88,17 @@ class KVPool:
         """As `extend`, for a step. Sequences of at most `MAX_PAGED_QUERIES` new tokens must come first."""
         tables, slots, lengths = self.extend(handles, counts)
         paged = sum(count <= MAX_PAGED_QUERIES for count in counts)
-        starts = np.zeros(paged + 1, dtype=np.int32)
-        np.cumsum(counts[:paged], out=starts[1:])
+        starts, prefill_starts = (
+            self._tensor(np.cumsum([0, *part], dtype=np.int32)) for part in (counts[:paged], counts[paged:])
+        )
         return StepBatch(
             list(counts),
             lengths.tolist(),
             self._tensor(slots),
             self._tensor(tables),
             self._tensor(lengths),
-            self._tensor(starts),
+            starts,
+            prefill_starts,
             paged,
         )
 
@@ -100,15 +106,24 @@ class KVPool:
         """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""
         heads, head_dim = self.config.n_head, self.config.head_dim
         keys, values = self.keys[layer], self.values[layer]
-        paged_kv.append_kv(qkv, keys, values, batch.slots)
         out = qkv.new_empty(len(qkv), heads * head_dim)
         query = qkv.view(len(qkv), 3, heads, head_dim)[:, 0]
         row = sum(batch.counts[: batch.paged])
+        in_one_launch = batch.paged < len(batch.counts) and uses_triton(qkv)
+        stored = slice(row) if in_one_launch else slice(None)
+        paged_kv.append_kv(qkv[stored], keys, values, batch.slots[stored])
         if batch.paged:
             paged_kv.paged_attention(
                 query[:row], keys, values, batch.block_tables[: batch.paged], batch.lengths[: batch.paged],
                 batch.query_starts, out[:row], scratch=self.scratch,
             )  # fmt: skip
+        if in_one_launch:
+            longest = max(batch.counts[batch.paged :])
+            paged_prefill(
+                qkv[row:], keys, values, batch.block_tables[batch.paged :], batch.lengths[batch.paged :],
+                batch.prefill_starts, batch.slots[row:], out[row:], max_queries=longest,
+            )  # fmt: skip
+            return out
         for index in range(batch.paged, len(batch.counts)):
             count, total = batch.counts[index], batch.totals[index]
             fresh = qkv[row : row + count].view(count, 3, heads, head_dim)
