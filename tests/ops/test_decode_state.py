@@ -85,6 +85,8 @@ def differing(rows: list[Row], state: DecodeState) -> list[str]:
 def test_steps_follow_the_model(backend: str, device: str, count: int) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
+        if device == "cpu" and torch.cuda.is_available():
+            pytest.skip("beside a GPU nothing is interpreted")
     rng = random.Random(count)
     rows = random_rows(rng, count)
     state = state_of(rows, device)
