@@ -156,10 +156,12 @@ class Rounds(Generic[T]):
         drawn = self._together(batch, lambda: self.runner.step(model, sequences))
         for (one, sequence), tokens in zip(pairs, drawn or [], strict=drawn is not None):
             try:
+                decoding = len(sequence.feed) == 1
                 sequence.take(tokens)
                 if tokens:
-                    one.alone = False
                     one.saw(sequence.steps)
+                if decoding or sequence.done:  # its prompt fed again may pass where a single row failed
+                    one.alone = False
                 if sequence.done:
                     one.answer = sequence.result()
             except Exception as error:
