@@ -26,6 +26,7 @@ from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
     VoiceLike,
+    check_names,
     checked_texts,
     one_each,
     samples_of,
@@ -244,7 +245,7 @@ class Bark:
             raise InvalidInput(
                 f"progress is {progress!r}; a stream has no end to show a bar for: pass a function"
             )
-        speech_request("", options)
+        check_names(options)
         shared: dict[str, Any] = {**options, "voice": load_voice(options.get("voice"), self.voices)}
 
         def job(request: object) -> Utterance[list[Speech]]:
@@ -277,7 +278,7 @@ class Bark:
         One thread does the work, as long as there is some. Cancelling the task that awaits gives up the text
         and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
         """
-        speech_request("", options)
+        check_names(options)
         if progress is not None and not callable(progress):
             raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
         loop = asyncio.get_running_loop()
