@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, PAGE_SIZE, KVPool
+from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, KVPool
+from bark_fast.engine.memory import Offloader, cache_pages
 from bark_fast.engine.sequence import Sequence
 from bark_fast.errors import GenerationError
 from bark_fast.modules.codec import Codec
@@ -63,18 +64,33 @@ class Runner(Protocol):
 class EagerRunner:
     """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
-    max_sequences: how many can be open at once in one model, each as long as its context.
+    Each model runs where its weights are. max_sequences: how many can be open at once in one model, each as
+    long as its context. cache_bytes: bounds the pages of both models. offload_to: the weights stay on the host
+    and those of the model that runs come to this device; give the scheduler `Limits(one_model=True)`.
     """
 
-    def __init__(self, semantic: GPT, coarse: GPT, fine: FineGPT, codec: Codec, max_sequences: int) -> None:
+    def __init__(
+        self,
+        semantic: GPT,
+        coarse: GPT,
+        fine: FineGPT,
+        codec: Codec,
+        max_sequences: int,
+        cache_bytes: int | None = None,
+        offload_to: torch.device | None = None,
+    ) -> None:
         self.models = {"semantic": semantic, "coarse": coarse}
         self.fine_model, self.codec = fine, codec
         weight = semantic.wte.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = offload_to or weight.device, weight.dtype
         self.pools: dict[str, KVPool] = {}
-        for name, gpt in self.models.items():
-            pages = max_sequences * -(-gpt.config.block_size // PAGE_SIZE)
-            self.pools[name] = KVPool(gpt.config, self.device, self.dtype, pages)
+        configs = {name: gpt.config for name, gpt in self.models.items()}
+        for name, pages in cache_pages(configs, self.dtype, max_sequences, cache_bytes).items():
+            where = offload_to or self.models[name].wte.weight.device
+            self.pools[name] = KVPool(configs[name], where, self.dtype, pages)
+        self.offloader: Offloader | None = None
+        if offload_to is not None:
+            self.offloader = Offloader({**self.models, "fine": fine, "codec": codec}, offload_to)
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
@@ -90,6 +106,7 @@ class EagerRunner:
     @torch.inference_mode()
     def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         gpt, pool = self.models[model], self.pools[model]
+        self._bring(model)
         # the pool attends over pages for short feeds, which must come first
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row].feed) > MAX_PAGED_QUERIES)
         batch = [sequences[row] for row in order]
@@ -101,13 +118,13 @@ class EagerRunner:
         for seq in batch:
             start, end = len(seq.cached), len(seq.cached) + len(seq.feed)
             if seq.merged is not None and start < len(seq.merged):
-                merged.append((len(ids), self._tensor(seq.merged[start:end])))
+                merged.append((len(ids), torch.from_numpy(seq.merged[start:end]).to(pool.device)))
             ids += seq.feed
             positions += range(start, end)
             if seq.draws:
                 drawing.append(len(ids) - 1)
-        x = gpt.embed(torch.tensor(ids, device=self.device), merged)
-        hidden = gpt(x, torch.tensor(positions, device=self.device), partial(pool.attend, reserved))
+        x = gpt.embed(torch.tensor(ids, device=pool.device), merged)
+        hidden = gpt(x, torch.tensor(positions, device=pool.device), partial(pool.attend, reserved))
         if len(drawing) < len(ids):
             hidden = hidden[drawing]
         drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))
@@ -126,7 +143,7 @@ class EagerRunner:
                 drawing = [rows[place] for place in places]
                 noise = None
                 if not rule.greedy:
-                    noise = torch.stack([self._noise(sequences[row]) for row in drawing])
+                    noise = torch.stack([self._noise(sequences[row]) for row in drawing]).to(logits.device)
                 scores = logits if len(places) == len(rows) else logits[places]
                 eos = None if rule.eos_token is None else rule.eos_token - low
                 for row, token in zip(drawing, sample(scores, noise, rule, eos).tolist(), strict=True):
@@ -140,14 +157,18 @@ class EagerRunner:
     @torch.inference_mode()
     def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
         codebook = passes[0].codebook
-        codes = self._tensor(np.stack([work.codes for work in passes]))
+        self._bring("fine")
+        device = self.fine_model.wpe.weight.device
+        codes = torch.from_numpy(np.stack([work.codes for work in passes])).to(device)
         hidden = self.fine_model(codes, codebook)
         results = []
         for work, rows, source in zip(passes, hidden, noise, strict=True):
             logits = self.fine_model.logits(rows[work.start :], codebook, work.codebook_size)
             drawn = None
             if work.temperature > 0:
-                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape)
+                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape).to(
+                    device
+                )
             result: IntArray = sample_codes(logits, drawn, work.temperature).cpu().numpy()
             if (result == INVALID_TOKEN).any():
                 raise GenerationError(
@@ -159,10 +180,13 @@ class EagerRunner:
 
     @torch.inference_mode()
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
-        return [self.codec(self._tensor(work.codes)).float().cpu().numpy() for work in works]
+        self._bring("codec")
+        device = self.codec.codebooks.device
+        return [self.codec(torch.from_numpy(work.codes).to(device)).float().cpu().numpy() for work in works]
 
-    def _tensor(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _bring(self, model: str) -> None:
+        if self.offloader is not None:
+            self.offloader.bring(model)
 
 
 def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:
