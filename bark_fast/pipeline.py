@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -29,7 +27,7 @@ from bark_fast.options import (
     speech_request,
     stage_options,
 )
-from bark_fast.progress import Progress, ProgressBar, ProgressCallback, progress_of
+from bark_fast.progress import ProgressBar, ProgressCallback, progress_of
 from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
@@ -276,34 +274,8 @@ class Bark:
         check_names(options)
         if progress is not None and not callable(progress):
             raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
-        loop = asyncio.get_running_loop()
-        spoken: asyncio.Future[Outcome[list[Speech]]] = loop.create_future()
-
-        def settle(outcome: Outcome[list[Speech]]) -> None:
-            if not spoken.done():
-                spoken.set_result(outcome)
-
-        def report(event: Progress) -> None:
-            try:
-                if progress is not None and not spoken.done():
-                    progress(replace(event, index=0))
-            except Exception as error:
-                settle(Outcome(0, error=error))
-
-        def in_loop(call: Callable[[Any], None]) -> Callable[[Any], None]:
-            def later(argument: Any) -> None:
-                with suppress(RuntimeError):  # the loop may be closed by now
-                    loop.call_soon_threadsafe(call, argument)
-
-            return later
-
         utterance = await asyncio.to_thread(self._utterance, text, **options)
-        observer = None if progress is None else _observer(in_loop(report))
-        number = self._worker.submit(utterance, in_loop(settle), observer)
-        try:
-            return self._spoken(await spoken)
-        finally:
-            self._worker.cancel(number)
+        return self._spoken(await self._worker.outcome(utterance, _observer(progress)))
 
     def _utterance(
         self,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engine_load import CPU, PAGES_OF_ONE, SmallRunner, random_request, spoken_alone, tokens_of
 
+from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.engine.scheduler import Limits, Scheduler, Session, Utterance
 from bark_fast.errors import OutOfPages
 from bark_fast.ops.noise import PhiloxNoise
@@ -84,6 +85,20 @@ def test_the_load_is_as_mixed_as_it_should_be(load):
     assert {(r.options.dialect, r.rng) for r, _ in load} == {
         (d, s) for d in ("suno", "hf") for s in ("philox", "torch")
     }
+
+
+def test_the_pool_in_python_does_as_well(suno_bark, load, monkeypatch):
+    """For installs without the compiled extension."""
+    monkeypatch.setattr("bark_fast.engine.kv_pool.make_pool", PythonPagePool)
+    runner = SmallRunner(suno_bark.runner, {"semantic": 8, "coarse": 8})
+    assert isinstance(runner.pools["coarse"].pool, PythonPagePool)
+    scheduler = Scheduler(runner, limits=Limits(12, 30, 4))
+    spoken = speak_at_random_times(scheduler, load[:30], np.random.default_rng(2))
+    assert all(
+        spoken[10 * i + row] == said for i, (_, alone) in enumerate(load[:30]) for row, said in enumerate(alone)
+    )
+    assert scheduler.rounds.admission.preemptions > 20
+    assert not runner.leaks()
 
 
 class TestOrder:
