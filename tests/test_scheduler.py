@@ -7,12 +7,14 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from engine_load import CPU, PAGES_OF_ONE, SmallRunner, random_request, spoken_alone, tokens_of
 
+from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.engine.scheduler import Limits, Scheduler, Session, Utterance
 from bark_fast.errors import OutOfPages
-from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, FinePass, Vocode
 
@@ -383,6 +385,21 @@ def test_callers_in_several_threads_share_batches(suno_bark, load):
     assert spoken == dict.fromkeys(range(3), expected)
     assert max(widths) == 6
     assert not runner.leaks()
+
+
+def test_a_held_draw_is_given_again_and_keeps_its_own_rows_only():
+    def source():
+        return TorchNoise(torch.Generator().manual_seed(3), CPU, "hf", batch=4, row=1)
+
+    held, plain = HeldNoise(source()), source()
+    for first_step in (0, 32):
+        codes = held.codes(0, 16, first_step, 32, 64)
+        assert torch.equal(codes, plain.codes(0, 16, first_step, 32, 64))
+        assert torch.equal(codes, held.codes(0, 16, first_step, 32, 64))
+        assert codes.untyped_storage().nbytes() == codes.nbytes
+        token = held.token(RULE, 0, 1, first_step)
+        assert torch.equal(token, held.token(RULE, 0, 1, first_step))
+        assert torch.equal(token, plain.token(RULE, 0, 1, first_step))
 
 
 def test_a_forgotten_iterator_gives_everything_back(suno_bark, load):

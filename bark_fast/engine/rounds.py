@@ -52,7 +52,10 @@ class Rounds(Generic[T]):
         self.admission = Admission(runner, limits.prefill_rows)
 
     def enter(self, owner: Owner, party: Iterable[tuple[int, Utterance[T]]]) -> None:
-        """Queue utterances that must be under way together: one, or the members of a group. From any thread."""
+        """Queue utterances that must be under way together: one, or the members of a group.
+
+        Another thread may be in a round meanwhile.
+        """
         self.waiting.append([
             Active(
                 owner, index, one.stage,
@@ -96,6 +99,8 @@ class Rounds(Generic[T]):
             for one in self.active:
                 if one.sequence is not None:
                     one.sequence.forget()
+                    if one.sequence.done and one.answer is None:
+                        one.answer = one.sequence.result()
             raise
         for one in list(self.active):
             if one.answer is not None:
