@@ -205,7 +205,11 @@ class TestAgenerate:
 
         assert asyncio.run(ticking()) > 5
 
-    def test_a_cancelled_call_frees_what_it_held_and_others_go_on(self, suno_bark, alone):
+    def test_a_cancelled_call_frees_what_it_held_and_others_go_on(self, suno_bark, alone, monkeypatch):
+        steps = []
+        step = suno_bark.runner.step
+        monkeypatch.setattr(suno_bark.runner, "step", lambda m, s: steps.append(m) or step(m, s))
+
         async def cancel_one():
             under_way = asyncio.Event()
             doomed = asyncio.create_task(
@@ -219,12 +223,11 @@ class TestAgenerate:
                 await doomed
             return await other
 
-        start = time.perf_counter()
         audio = asyncio.run(cancel_one())
         assert np.array_equal(audio.tokens.fine, alone[0])
         wait_for_idle()
         assert held(suno_bark) == NOTHING
-        assert time.perf_counter() - start < 10
+        assert len(steps) < 600  # 10 s are 500 semantic and 1,500 coarse steps
 
     def test_errors_reach_the_one_who_awaits(self, suno_bark, alone):
         def boom(event):
