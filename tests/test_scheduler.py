@@ -57,9 +57,9 @@ def speak_at_random_times(scheduler, load, rng):
     ("kind", "pages", "limits", "count", "preempted"),
     [
         (SmallRunner, None, Limits(12, 512, 4), 200, (0, 0)),
-        (SmallRunner, None, Limits(12, 13, 2), 200, (0, 0)),
+        (SmallRunner, None, Limits(12, 13, 2), 100, (0, 0)),
         (Preempting, None, Limits(12, 40, 4), 200, (200, 10**6)),
-        (SmallRunner, {"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 200, (200, 10**6)),
+        (SmallRunner, {"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 150, (100, 10**6)),
         (SmallRunner, PAGES_OF_ONE, Limits(6, 11, 4), 40, (0, 10**6)),
     ],
     ids=["whole-prompts", "prompts-in-pieces", "preempted-at-random", "few-pages", "pages-of-one"],
