@@ -36,8 +36,11 @@ class _HeapStatistics(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-    ]
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+            "keepcost",
+        )
+    ]  # fmt: skip
 
 
 def allocated() -> float:
@@ -171,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--growth", type=float, default=64.0, help="MiB the process may grow after a warm-up.")
-    parser.add_argument("--left", type=float, default=2.0, help="MiB that may still be allocated at the end.")
+    parser.add_argument("--left", type=float, default=16.0, help="MiB that may still be allocated at the end.")
     options = parser.parse_args()
     if "MALLOC_ARENA_MAX" not in os.environ:
         # each of glibc's arenas keeps what its thread has freed, which would hide a leak among 16 of them
