@@ -109,6 +109,15 @@ def one_each(voice: VoiceLike | Sequence[VoiceLike], count: int) -> list[VoiceLi
     return [voice] * count  # type: ignore[list-item]
 
 
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for a keyword that no text has, as Python does where it can."""
+    unknown = options.keys() - SpeechOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"unexpected {', '.join(sorted(unknown))}; choose {', '.join(SpeechOptions.__annotations__)}"
+        )
+
+
 def speech_request(request: object, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Text and options of an item of a stream: a string, or a mapping with "text" and options of its own."""
     own = dict(request) if isinstance(request, Mapping) else {"text": request}

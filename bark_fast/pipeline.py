@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from torch import nn
 
 from bark_fast.audio import Audio, Tokens
-from bark_fast.checkpoint import Checkpoint, load_checkpoint
+from bark_fast.checkpoint import Checkpoint
 from bark_fast.device import pick_device, pick_dtype
-from bark_fast.engine.runner import EagerRunner
-from bark_fast.engine.scheduler import Group, Observer, Outcome, Scheduler, Utterance
+from bark_fast.engine.scheduler import Group, Limits, Observer, Outcome, Scheduler, Utterance
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import InvalidInput
-from bark_fast.modules.codec import Codec
-from bark_fast.modules.fine import FineGPT
-from bark_fast.modules.gpt import GPT
+from bark_fast.loading import load_models, make_runner
 from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
     VoiceLike,
+    check_names,
     checked_texts,
     one_each,
     samples_of,
     speech_request,
     stage_options,
 )
-from bark_fast.progress import Progress, ProgressBar, ProgressCallback, progress_of
+from bark_fast.progress import ProgressBar, ProgressCallback, progress_of
 from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
@@ -43,8 +38,6 @@ from bark_fast.work import IntArray, Stage, Work
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Module = TypeVar("Module", bound=nn.Module)
 
 LONG_FORM_PAUSE = 0.25
 """Seconds of silence between the chunks of a long text."""
@@ -63,8 +56,10 @@ class Bark:
         device: torch.device,
         dialect: Dialect | None = None,
         max_batch: int = 16,
+        max_memory: int | None = None,
+        offload: bool = False,
     ) -> None:
-        config, weights = checkpoint.config, checkpoint.weights
+        config = checkpoint.config
         self.config, self.device, self.source = config, device, checkpoint.source
         self.dialect: Dialect = dialect or checkpoint.format
         self.defaults: StageDefaults = checkpoint.defaults
@@ -75,18 +70,9 @@ class Bark:
             speaker_embeddings=checkpoint.speaker_embeddings,
             hub_id=checkpoint.hub_id,
         )
-        with torch.device("meta"):
-            semantic, coarse = GPT(config.semantic), GPT(config.coarse)
-            fine, codec = FineGPT(config.fine), Codec(config.codec)
-        self.runner = EagerRunner(
-            _filled(semantic, weights["semantic"]),
-            _filled(coarse, weights["coarse"]),
-            _filled(fine, weights["fine"]),
-            _filled(codec, weights["codec"]),
-            max_sequences=max_batch,
-        )
-        codec.lstm.flatten_parameters()
-        self.scheduler: Scheduler[list[Speech]] = Scheduler(self.runner, max_batch)
+        self.runner = make_runner(checkpoint, device, max_batch, max_memory, offload)
+        limits = Limits(utterances=max_batch, one_model=offload)
+        self.scheduler: Scheduler[list[Speech]] = Scheduler(self.runner, limits=limits)
         self._worker = Worker(self.scheduler)
 
     @classmethod
@@ -98,6 +84,9 @@ class Bark:
         dtype: str | torch.dtype = "auto",
         dialect: Dialect | None = None,
         max_batch: int = 16,
+        max_memory: int | None = None,
+        devices: Mapping[str, str | torch.device] | None = None,
+        offload: bool = False,
         progress: bool = False,
     ) -> Bark:
         """Load a checkpoint: a folder of suno's or Hugging Face's files, "suno" (suno's cache), or a hub id.
@@ -105,6 +94,11 @@ class Bark:
         device: "auto" takes a CUDA GPU when there is one, else the CPU. dtype: "auto" is bfloat16 on a GPU
         (float16 where it has none) and float32 on a CPU; the codec stays in float32. dialect: sampling order,
         by default that of the checkpoint's format. max_batch: utterances advanced together.
+        max_memory: bytes that weights and caches together may take; the caches get what the weights leave, and
+        utterances wait for pages or are recomputed where that is little. (What a step computes comes on top.)
+        devices: where single models run, by name: semantic, coarse, fine, codec; the others are on `device`.
+        offload: keep the weights on the host and bring one model at a time to `device`: all utterances under
+        way pass a stage before the next one begins.
         Raises CheckpointError when files are missing or damaged, InvalidInput for an option out of range.
         """
         if dialect is not None and dialect not in DIALECTS:
@@ -112,8 +106,8 @@ class Bark:
         if not isinstance(max_batch, int) or max_batch < 1:
             raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer of at least 1")
         where = pick_device(device)
-        checkpoint = load_checkpoint(source, device=where, dtype=pick_dtype(dtype, where), progress=progress)
-        return cls(checkpoint, where, dialect, max_batch)
+        checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress)
+        return cls(checkpoint, where, dialect, max_batch, max_memory, offload)
 
     @overload
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Audio: ...
@@ -244,7 +238,7 @@ class Bark:
             raise InvalidInput(
                 f"progress is {progress!r}; a stream has no end to show a bar for: pass a function"
             )
-        speech_request("", options)
+        check_names(options)
         shared: dict[str, Any] = {**options, "voice": load_voice(options.get("voice"), self.voices)}
 
         def job(request: object) -> Utterance[list[Speech]]:
@@ -277,37 +271,11 @@ class Bark:
         One thread does the work, as long as there is some. Cancelling the task that awaits gives up the text
         and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
         """
-        speech_request("", options)
+        check_names(options)
         if progress is not None and not callable(progress):
             raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
-        loop = asyncio.get_running_loop()
-        spoken: asyncio.Future[Outcome[list[Speech]]] = loop.create_future()
-
-        def settle(outcome: Outcome[list[Speech]]) -> None:
-            if not spoken.done():
-                spoken.set_result(outcome)
-
-        def report(event: Progress) -> None:
-            try:
-                if progress is not None and not spoken.done():
-                    progress(replace(event, index=0))
-            except Exception as error:
-                settle(Outcome(0, error=error))
-
-        def in_loop(call: Callable[[Any], None]) -> Callable[[Any], None]:
-            def later(argument: Any) -> None:
-                with suppress(RuntimeError):  # the loop may be closed by now
-                    loop.call_soon_threadsafe(call, argument)
-
-            return later
-
         utterance = await asyncio.to_thread(self._utterance, text, **options)
-        observer = None if progress is None else _observer(in_loop(report))
-        number = self._worker.submit(utterance, in_loop(settle), observer)
-        try:
-            return self._spoken(await spoken)
-        finally:
-            self._worker.cancel(number)
+        return self._spoken(await self._worker.outcome(utterance, _observer(progress)))
 
     def _utterance(
         self,
@@ -379,12 +347,6 @@ def _failing(error: Exception) -> Stage[list[Speech]]:
     """A request that could not be understood: it ends with the reason, in its turn."""
     yield from ()
     raise error
-
-
-def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:
-    """`module`, built on the meta device, with the checkpoint's tensors as its parameters."""
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
 
 
 def _observer(report: ProgressCallback | None) -> Observer | None:

@@ -67,7 +67,8 @@ class ProgressBar:
         same = before is not None and (before.stage, before.chunk) == (event.stage, event.chunk)
         start, share = _SHARES[event.stage]
         fraction = event.chunk + start + share * event.done / max(1, event.total)
-        if event.stage != self.stage:  # began where the last event ended
+        begins = event.stage != self.stage
+        if begins:  # where the last event ended
             self.stage, self.drawn, self.started = event.stage, 0, self.now
         self.now = time.perf_counter()
         self.drawn += event.done - before.done if same and before is not None else event.done
@@ -76,6 +77,8 @@ class ProgressBar:
         self.fractions[event.index] = max(fraction, self.fractions[event.index])
         # rounding must not carry the bar beyond its end, which tqdm warns of
         self.bar.update(min(100 * sum(self.fractions), self.bar.total) - self.bar.n)
+        if begins:  # tqdm leaves out what comes too soon; on a fast machine that would be whole stages
+            self.bar.refresh()
 
     def _describe(self, event: Progress) -> str:
         text = f"{event.stage} {event.done}/{event.total}"

@@ -104,13 +104,14 @@ class DecodeLoop:
     """Carries sequences of one model forward, `BURST` steps at a time, without the host in between.
 
     The next burst is launched before the last one is read, as long as the same sequences go on; what it draws
-    for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or CUDA cannot
-    capture, the same steps run operation by operation.
+    for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or on a CPU, or CUDA
+    cannot capture, the same steps run operation by operation. The caller makes the model's GPU the current one.
     """
 
     def __init__(self, model: str, gpt: GPT, pool: KVPool, capture: bool) -> None:
-        self.model, self.gpt, self.pool, self.capture = model, gpt, pool, capture
-        self.memory = torch.cuda.graph_pool_handle() if capture else None
+        self.model, self.gpt, self.pool = model, gpt, pool
+        self.capture = capture and pool.device.type == "cuda"
+        self.memory = torch.cuda.graph_pool_handle() if self.capture else None
         self.buffers: dict[int, _Buffers] = {}
         self.shape: _Shape | None = None
         self.graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
@@ -264,10 +265,9 @@ class DecodeLoop:
         started, held = time.perf_counter(), torch.cuda.memory_reserved(self.pool.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.pool.device):
-                self._warm_up()
-                with torch.cuda.graph(graph, pool=self.memory):
-                    self._step()
+            self._warm_up()
+            with torch.cuda.graph(graph, pool=self.memory):
+                self._step()
         except RuntimeError as error:
             self.capture = False
             warnings.warn(

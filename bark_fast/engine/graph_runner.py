@@ -18,7 +18,7 @@ class GraphRunner(EagerRunner):
     """Decodes in bursts over fixed buffers, captured as CUDA graphs on a GPU.
 
     A sequence whose noise comes from a torch generator is stepped eagerly: the host draws it, one call a token.
-    capture: by default on CUDA devices.
+    Nothing is captured on a CPU, nor with offloading; the steps are the same.
     """
 
     def __init__(
@@ -28,13 +28,14 @@ class GraphRunner(EagerRunner):
         fine: FineGPT,
         codec: Codec,
         max_sequences: int,
-        capture: bool | None = None,
+        cache_bytes: int | None = None,
+        offload_to: torch.device | None = None,
     ) -> None:
-        super().__init__(semantic, coarse, fine, codec, max_sequences)
-        if capture is None:
-            capture = self.device.type == "cuda"
+        super().__init__(semantic, coarse, fine, codec, max_sequences, cache_bytes, offload_to)
+        # a graph knows weights by their addresses, which offloading changes
         self.loops = {
-            name: DecodeLoop(name, gpt, self.pools[name], capture) for name, gpt in self.models.items()
+            name: DecodeLoop(name, gpt, self.pools[name], capture=offload_to is None)
+            for name, gpt in self.models.items()
         }
 
     @property
@@ -42,14 +43,12 @@ class GraphRunner(EagerRunner):
         """The graphs captured so far, with the seconds and bytes they took."""
         return [capture for loop in self.loops.values() for capture in loop.captures]
 
-    @torch.inference_mode()
-    def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
-        """As `Runner.step`; sequences that decode may draw several tokens."""
+    def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         looping = [sequence for sequence in sequences if DecodeLoop.takes(sequence)]
         others = [sequence for sequence in sequences if not DecodeLoop.takes(sequence)]
         drawn: dict[Sequence, list[int]] = {}
         if others:
-            drawn.update(zip(others, super().step(model, others), strict=True))
+            drawn.update(zip(others, super()._step(model, others), strict=True))
         if looping:
             drawn.update(zip(looping, self.loops[model].run(looping), strict=True))
         return [drawn[sequence] for sequence in sequences]

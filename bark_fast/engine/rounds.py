@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -19,6 +19,7 @@ from bark_fast.work import Decode, FinePass, Join, Vocode, Work
 
 T = TypeVar("T")
 MODELS = ("semantic", "coarse")
+ALL_MODELS = (*MODELS, "fine", "codec")
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Limits:
     """Bounds of one round, so that nobody waits long for others.
 
     utterances: how many are under way at a time. prefill_rows: prompt tokens fed to one model. fine_windows:
-    windows of one fine pass.
+    windows of one fine pass. one_model: a round is for one model, and another's turn comes when nobody waits
+    for it any more: for weights that are brought to the device in turn.
     """
 
     utterances: int = 16
     prefill_rows: int = 512
     fine_windows: int = 4
+    one_model: bool = False
 
 
 class Rounds(Generic[T]):
@@ -45,10 +48,14 @@ class Rounds(Generic[T]):
         self.runner, self.limits = runner, limits
         self.active: list[Active[T]] = []
         self.waiting: deque[list[Active[T]]] = deque()
+        self._running: str | None = None
         self.admission = Admission(runner, limits.prefill_rows)
 
     def enter(self, owner: Owner, party: Iterable[tuple[int, Utterance[T]]]) -> None:
-        """Queue utterances that must be under way together: one, or the members of a group. From any thread."""
+        """Queue utterances that must be under way together: one, or the members of a group.
+
+        Another thread may be in a round meanwhile.
+        """
         self.waiting.append([
             Active(
                 owner, index, one.stage,
@@ -79,19 +86,34 @@ class Rounds(Generic[T]):
         """Carry everybody a piece of work further."""
         self._admit()
         try:
+            models = self._models_to_run()
             for model in MODELS:
-                self._decode(model)
-            self._fine()
-            self._vocode()
+                if model in models:
+                    self._decode(model)
+            if "fine" in models:
+                self._fine()
+            if "codec" in models:
+                self._vocode()
             self._join()
         except BaseException:  # Ctrl-C in the midst of a step: what its pages hold is in doubt
             for one in self.active:
                 if one.sequence is not None:
                     one.sequence.forget()
+                    if one.sequence.done and one.answer is None:
+                        one.answer = one.sequence.result()
             raise
         for one in list(self.active):
             if one.answer is not None:
                 self._advance(one)
+
+    def _models_to_run(self) -> Collection[str]:
+        """All; or, if one at a time, the same as before while anybody waits for it, else the oldest's."""
+        if not self.limits.one_model:
+            return ALL_MODELS
+        wanted = [model_of(one.work) for one in self.active if one.answer is None]
+        if self._running not in wanted:
+            self._running = next((model for model in wanted if model is not None), None)
+        return (self._running,) if self._running is not None else ()
 
     def _admit(self) -> None:
         """Begin with those who wait, as long as there are places for a whole party, or it is alone."""
@@ -156,10 +178,12 @@ class Rounds(Generic[T]):
         drawn = self._together(batch, lambda: self.runner.step(model, sequences))
         for (one, sequence), tokens in zip(pairs, drawn or [], strict=drawn is not None):
             try:
+                decoding = len(sequence.feed) == 1
                 sequence.take(tokens)
                 if tokens:
-                    one.alone = False
                     one.saw(sequence.steps)
+                if decoding or sequence.done:  # its prompt fed again may pass where a single row failed
+                    one.alone = False
                 if sequence.done:
                     one.answer = sequence.result()
             except Exception as error:
@@ -228,3 +252,12 @@ class Rounds(Generic[T]):
             for one, join in zip(members, joins, strict=True):
                 one.noise.skip(join.rule, longest - join.steps)
                 one.answer = values
+
+
+def model_of(work: Work | None) -> str | None:
+    """The model that does this work, None for a wait."""
+    if isinstance(work, Decode):
+        return work.model
+    if isinstance(work, FinePass):
+        return "fine"
+    return "codec" if isinstance(work, Vocode) else None

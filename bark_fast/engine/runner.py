@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, PAGE_SIZE, KVPool
+from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, KVPool
+from bark_fast.engine.memory import Offloader, cache_pages
 from bark_fast.engine.sequence import Sequence
 from bark_fast.errors import GenerationError
 from bark_fast.modules.codec import Codec
@@ -64,18 +66,33 @@ class Runner(Protocol):
 class EagerRunner:
     """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
-    max_sequences: how many can be open at once in one model, each as long as its context.
+    Each model runs where its weights are. max_sequences: how many can be open at once in one model, each as
+    long as its context. cache_bytes: bounds the pages of both models. offload_to: the weights stay on the host
+    and those of the model that runs come to this device; give the scheduler `Limits(one_model=True)`.
     """
 
-    def __init__(self, semantic: GPT, coarse: GPT, fine: FineGPT, codec: Codec, max_sequences: int) -> None:
+    def __init__(
+        self,
+        semantic: GPT,
+        coarse: GPT,
+        fine: FineGPT,
+        codec: Codec,
+        max_sequences: int,
+        cache_bytes: int | None = None,
+        offload_to: torch.device | None = None,
+    ) -> None:
         self.models = {"semantic": semantic, "coarse": coarse}
         self.fine_model, self.codec = fine, codec
         weight = semantic.wte.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = offload_to or weight.device, weight.dtype
         self.pools: dict[str, KVPool] = {}
-        for name, gpt in self.models.items():
-            pages = max_sequences * -(-gpt.config.block_size // PAGE_SIZE)
-            self.pools[name] = KVPool(gpt.config, self.device, self.dtype, pages)
+        configs = {name: gpt.config for name, gpt in self.models.items()}
+        for name, pages in cache_pages(configs, self.dtype, max_sequences, cache_bytes).items():
+            where = offload_to or self.models[name].wte.weight.device
+            self.pools[name] = KVPool(configs[name], where, self.dtype, pages)
+        self.offloader: Offloader | None = None
+        if offload_to is not None:
+            self.offloader = Offloader({**self.models, "fine": fine, "codec": codec}, offload_to)
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
@@ -89,6 +106,10 @@ class EagerRunner:
 
     @torch.inference_mode()
     def step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
+        with self._running(model):
+            return self._step(model, sequences)
+
+    def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         gpt, pool = self.models[model], self.pools[model]
         # the pool attends over pages for short feeds, which must come first
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row].feed) > MAX_PAGED_QUERIES)
@@ -104,9 +125,9 @@ class EagerRunner:
             positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
             if seq.draws:
                 drawing.append(len(ids) - 1)
-        merged = None if max(extra) == NO_TOKEN else self._integers(extra)
-        attend = partial(pool.attend, reserved)
-        hidden = gpt(self._integers(ids), self._integers(positions), attend, merged)
+        merged = None if max(extra) == NO_TOKEN else torch.tensor(extra, device=pool.device)
+        tokens_fed, places = torch.tensor(ids, device=pool.device), torch.tensor(positions, device=pool.device)
+        hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged)
         if len(drawing) < len(ids):
             hidden = hidden[drawing]
         drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))
@@ -125,7 +146,7 @@ class EagerRunner:
                 drawing = [rows[place] for place in places]
                 noise = None
                 if not rule.greedy:
-                    noise = torch.stack([self._noise(sequences[row]) for row in drawing])
+                    noise = torch.stack([self._noise(sequences[row]) for row in drawing]).to(logits.device)
                 scores = logits if len(places) == len(rows) else logits[places]
                 eos = None if rule.eos_token is None else rule.eos_token - low
                 for row, token in zip(drawing, sample(scores, noise, rule, eos).tolist(), strict=True):
@@ -138,15 +159,22 @@ class EagerRunner:
 
     @torch.inference_mode()
     def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
+        with self._running("fine"):
+            return self._fine(passes, noise)
+
+    def _fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
         codebook = passes[0].codebook
-        codes = self._tensor(np.stack([work.codes for work in passes]))
+        device = self.fine_model.wpe.weight.device
+        codes = torch.from_numpy(np.stack([work.codes for work in passes])).to(device)
         hidden = self.fine_model(codes, codebook)
         results = []
         for work, rows, source in zip(passes, hidden, noise, strict=True):
             logits = self.fine_model.logits(rows[work.start :], codebook, work.codebook_size)
             drawn = None
             if work.temperature > 0:
-                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape)
+                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape).to(
+                    device
+                )
             result: IntArray = sample_codes(logits, drawn, work.temperature).cpu().numpy()
             if (result == INVALID_TOKEN).any():
                 raise GenerationError(
@@ -158,13 +186,19 @@ class EagerRunner:
 
     @torch.inference_mode()
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
-        return [self.codec(self._tensor(work.codes)).float().cpu().numpy() for work in works]
+        with self._running("codec"):
+            device = self.codec.codebooks.device
+            return [self.codec(torch.from_numpy(work.codes).to(device)).float().cpu().numpy() for work in works]
 
-    def _integers(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self.device)
-
-    def _tensor(self, array: IntArray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    @contextmanager
+    def _running(self, model: str) -> Iterator[None]:
+        """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile."""
+        if self.offloader is not None:
+            self.offloader.bring(model)
+        modules: dict[str, nn.Module] = {**self.models, "fine": self.fine_model, "codec": self.codec}
+        device = next(modules[model].parameters()).device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
 
 
 def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:

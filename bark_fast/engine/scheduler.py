@@ -76,6 +76,10 @@ class Scheduler(Generic[T]):
                     self._let_go()
                     self._turn.notify_all()
 
+    def _enter(self, session: Session[T], party: list[tuple[int, Utterance[T]]]) -> None:
+        with self._turn:  # not while another session's are dropped from the queue
+            self.rounds.enter(session, party)
+
     def _drop(self, session: Session[T], index: int | None = None) -> None:
         """End a session's utterances, or one, and give back what they hold, before this returns."""
         with self._turn:
@@ -108,7 +112,7 @@ class Session(Generic[T]):
     def add(self, party: list[tuple[int, Utterance[T]]]) -> None:
         """Queue one utterance, or all members of a group, each under an index of the caller's choice."""
         self._under_way.update(index for index, _ in party)
-        self._scheduler.rounds.enter(self, party)
+        self._scheduler._enter(self, party)
 
     def wait(self) -> list[Outcome[T]]:
         """Work for a round, or wait while another caller does; report progress; return who ended."""

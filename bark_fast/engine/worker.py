@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from threading import Lock, Thread
 from typing import Generic, TypeVar
@@ -40,6 +42,38 @@ class Worker(Generic[T]):
                 self._thread = Thread(target=self._serve, name="bark-fast")
                 self._thread.start()
         return number
+
+    async def outcome(self, utterance: Utterance[T], observer: Observer | None = None) -> Outcome[T]:
+        """How the utterance ended. Cancelling who awaits this gives it up.
+
+        observer: called in the event loop; an exception of it ends the utterance.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Outcome[T]] = loop.create_future()
+
+        def settle(outcome: Outcome[T]) -> None:
+            if not ended.done():
+                ended.set_result(outcome)
+
+        def observe(number: int, work: Work, done: int) -> None:
+            try:
+                if observer is not None and not ended.done():
+                    observer(0, work, done)
+            except Exception as error:
+                settle(Outcome(0, error=error))
+
+        def in_loop(call: Callable[..., None]) -> Callable[..., None]:
+            def later(*arguments: object) -> None:
+                with suppress(RuntimeError):  # the loop may be closed by now
+                    loop.call_soon_threadsafe(call, *arguments)
+
+            return later
+
+        number = self.submit(utterance, in_loop(settle), None if observer is None else in_loop(observe))
+        try:
+            return await ended
+        finally:
+            self.cancel(number)
 
     def cancel(self, number: int) -> None:
         """Give up an utterance; nothing happens if it has ended. Its `ended` is not called any more."""

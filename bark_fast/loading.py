@@ -1,0 +1,105 @@
+"""From a checkpoint to a runner: where each model goes, and how much its caches may take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import torch
+from torch import nn
+
+from bark_fast.checkpoint import Checkpoint, load_checkpoint
+from bark_fast.config import ModelName
+from bark_fast.device import pick_device
+from bark_fast.engine.graph_runner import GraphRunner
+from bark_fast.engine.memory import context_bytes, storage_bytes
+from bark_fast.engine.runner import EagerRunner
+from bark_fast.errors import InvalidInput
+from bark_fast.modules.codec import Codec
+from bark_fast.modules.fine import FineGPT
+from bark_fast.modules.gpt import GPT
+from bark_fast.ops.dispatch import has_triton, preferred
+
+Module = TypeVar("Module", bound=nn.Module)
+MODELS: tuple[ModelName, ...] = get_args(ModelName)
+
+
+def load_models(
+    source: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    devices: Mapping[str, str | torch.device] | None,
+    offload: bool,
+    progress: bool,
+) -> Checkpoint:
+    """Load the models named in `devices` there, the others on `device`; all on the host to be offloaded."""
+    named = dict(devices or {})
+    if unknown := named.keys() - set(MODELS):
+        raise InvalidInput(
+            f"devices has {', '.join(sorted(map(repr, unknown)))}; choose from {', '.join(MODELS)}"
+        )
+    if offload and named:
+        raise InvalidInput(
+            "offload=True brings one model at a time to one device; leave devices out, or offload"
+        )
+    places: dict[torch.device, list[ModelName]] = {}
+    for model in MODELS:
+        where = torch.device("cpu") if offload else pick_device(named[model]) if model in named else device
+        places.setdefault(where, []).append(model)
+    parts = [
+        load_checkpoint(source, device=where, dtype=dtype, models=models, progress=progress)
+        for where, models in places.items()
+    ]
+    return replace(
+        parts[0], weights={name: weights for part in parts for name, weights in part.weights.items()}
+    )
+
+
+def make_runner(
+    checkpoint: Checkpoint, device: torch.device, max_batch: int, max_memory: int | None, offload: bool
+) -> EagerRunner:
+    """The models with their weights, and caches for `max_batch` utterances, or within `max_memory`."""
+    config, weights = checkpoint.config, checkpoint.weights
+    with torch.device("meta"):
+        semantic, coarse = GPT(config.semantic), GPT(config.coarse)
+        fine, codec = FineGPT(config.fine), Codec(config.codec)
+    room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
+    # without Triton a step of sampling needs the host, and a burst would gain nothing
+    kind = GraphRunner if device.type == "cuda" and has_triton() and preferred() != "torch" else EagerRunner
+    runner = kind(
+        _filled(semantic, weights["semantic"]),
+        _filled(coarse, weights["coarse"]),
+        _filled(fine, weights["fine"]),
+        _filled(codec, weights["codec"]),
+        max_sequences=max_batch,
+        cache_bytes=room,
+        offload_to=device if offload else None,
+    )
+    if not offload:
+        codec.lstm.flatten_parameters()
+    return runner
+
+
+def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:
+    """Bytes that `max_memory` leaves beside the weights; at least one utterance's."""
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+        raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
+    config = checkpoint.config
+    sizes = [storage_bytes(tensors.values()) for tensors in checkpoint.weights.values()]
+    taken = max(sizes) if offload else sum(sizes)
+    dtype = next(iter(checkpoint.weights["semantic"].values())).dtype
+    one = sum(context_bytes(gpt, dtype) for gpt in (config.semantic, config.coarse))
+    if max_memory < taken + one:
+        raise InvalidInput(
+            f"max_memory is {max_memory} bytes; the weights take {taken} and the caches of one utterance "
+            f"{one}: give at least {taken + one}, or choose a smaller dtype or checkpoint, or offload=True"
+        )
+    return max_memory - taken
+
+
+def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:
+    """`module`, built on the meta device, with the checkpoint's tensors as its parameters."""
+    module.load_state_dict(weights, assign=True)
+    return module.requires_grad_(False).eval()

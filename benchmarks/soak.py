@@ -1,0 +1,222 @@
+"""Random load on tiny weights for as long as you like: flat memory, no leaked pages, no wrong token.
+
+Requests of random lengths, voices, settings and seeds come in through asyncio, through streams and through
+plain calls, in several threads at once, on a cache that is too small for them all. Some are cancelled, some
+streams are left early, some requests are bad. Each text that is spoken is compared with what it says alone.
+
+    python benchmarks/soak.py --minutes 30
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bark_fast import Audio, Bark, InvalidInput, SamplingParams, make_checkpoint
+from bark_fast.engine.kv_pool import KVPool
+
+
+class _HeapStatistics(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+            "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def allocated() -> float:
+    """MiB that were allocated and not freed, by glibc's own count; 0 where there is no such count."""
+    try:
+        mallinfo2 = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return 0.0
+    mallinfo2.restype = _HeapStatistics
+    gc.collect()
+    statistics = mallinfo2()
+    return float(statistics.uordblks + statistics.hblkhd) / 2**20
+
+
+REQUESTS = 40
+CALLERS = 3
+SHORT_WINDOWS = {"fine_window": 64, "fine_stride": 32}
+"""The fine stage costs most of a tiny model's time and is the least of a scheduler's troubles."""
+
+
+def memory() -> float:
+    """Resident MiB of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def requests_at_random(rng: random.Random) -> list[dict[str, Any]]:
+    """Keyword arguments of different texts."""
+    made = []
+    for seed in range(REQUESTS):
+        request: dict[str, Any] = {
+            "text": "word " * rng.randint(1, 60) + ".", "seed": seed, "rng": rng.choice(["philox", "torch"]),
+            "max_seconds": rng.uniform(0.05, 1.5),
+            "semantic": SamplingParams(temperature=rng.choice([0.0, 0.7, 1.2]), top_k=rng.choice([None, 50])),
+            "coarse": SamplingParams(top_p=rng.choice([None, 0.9])),
+        }  # fmt: skip
+        if rng.random() < 0.4:
+            codes = np.random.default_rng(seed % 4).integers(0, 1024, (8, 90))
+            request["voice"] = {
+                "semantic_prompt": codes[0, :60], "coarse_prompt": codes[:2], "fine_prompt": codes
+            }  # fmt: skip
+        made.append(request)
+    return made
+
+
+@dataclass
+class Soak:
+    """The load: what every caller shares."""
+
+    bark: Bark
+    requests: list[dict[str, Any]]
+    expected: list[bytes]
+    deadline: float
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def check(self, which: int, audio: Audio) -> None:
+        """Compare an audio with what its request says alone."""
+        self.counts["spoken"] += 1
+        if tokens(audio) != self.expected[which]:
+            self.faults.append(f"request {which} said something else")
+
+    def call(self, rng: random.Random) -> None:
+        """A plain call, or a stream that may be left early and holds bad requests."""
+        chosen = [rng.randrange(REQUESTS) for _ in range(rng.randint(1, 6))]
+        if rng.random() < 0.4:
+            self.check(chosen[0], self.bark.generate(**self.requests[chosen[0]]))
+            return
+        items: list[Any] = [self.requests[which] for which in chosen]
+        bad = rng.randrange(len(items)) if rng.random() < 0.3 else None
+        if bad is not None:
+            items[bad] = {"text": "word " * 300}
+        leave = rng.randint(1, 6)
+        for count, (index, result) in enumerate(self.bark.stream_results(items, errors="yield"), 1):
+            if index == bad:
+                self.counts["bad"] += 1
+                if not isinstance(result, InvalidInput):
+                    self.faults.append(f"a bad request ended with {result!r}")
+            elif isinstance(result, Audio):
+                self.check(chosen[index], result)
+            else:
+                self.faults.append(f"request {chosen[index]} met {result!r}")
+            if count == leave:
+                self.counts["streams left"] += count < len(items)
+                break
+
+    async def awaiting(self, rng: random.Random) -> None:
+        """Some calls at once, some of them cancelled."""
+        chosen = [rng.randrange(REQUESTS) for _ in range(rng.randint(1, 8))]
+        tasks = [asyncio.create_task(self.bark.agenerate(**self.requests[which])) for which in chosen]
+        for task in tasks:
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.uniform(0, 0.3))
+                task.cancel()
+        for which, result in zip(chosen, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+            if isinstance(result, Audio):
+                self.check(which, result)
+            elif isinstance(result, asyncio.CancelledError):
+                self.counts["cancelled"] += 1
+            else:
+                self.faults.append(f"request {which} met {result!r}")
+
+    def caller(self, number: int) -> None:
+        """Ask for this and that until the time is over."""
+        rng = random.Random(number)
+        try:
+            while time.perf_counter() < self.deadline and not self.faults:
+                if number % 2:
+                    asyncio.run(self.awaiting(rng))
+                else:
+                    self.call(rng)
+        except BaseException as error:
+            self.faults.append(f"caller {number} ended with {error!r}")
+            raise
+
+
+def tokens(audio: Audio) -> bytes:
+    """All tokens of an audio."""
+    assert audio.tokens is not None
+    return b"".join(part.tobytes() for part in (audio.tokens.semantic, audio.tokens.coarse, audio.tokens.fine))
+
+
+def held(bark: Bark) -> dict[str, tuple[int, int]]:
+    """Pages and sequences in the caches, by model."""
+    stats = {name: pool.pool.stats() for name, pool in bark.runner.pools.items()}
+    return {name: (one.pages_used, one.sequences) for name, one in stats.items()}
+
+
+def main() -> None:
+    """Run the load; exit non-zero when something was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--growth", type=float, default=64.0, help="MiB the process may grow after a warm-up.")
+    parser.add_argument("--left", type=float, default=16.0, help="MiB that may still be allocated at the end.")
+    options = parser.parse_args()
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        # each of glibc's arenas keeps what its thread has freed, which would hide a leak among 16 of them
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        bark = Bark.from_pretrained(
+            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"), device="cpu", max_batch=8
+        )
+    bark.config = replace(bark.config, layout=replace(bark.config.layout, **SHORT_WINDOWS))
+    requests = requests_at_random(random.Random(0))
+    expected = [tokens(bark.generate(**request)) for request in requests]
+    for name, gpt in bark.runner.models.items():  # pages of two full contexts for eight utterances
+        bark.runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128)
+    before, start = allocated(), time.perf_counter()
+    soak = Soak(bark, requests, expected, start + 60 * options.minutes)
+    callers = [threading.Thread(target=soak.caller, args=(number,)) for number in range(CALLERS)]
+    for caller in callers:
+        caller.start()
+    resident = []
+    while any(caller.is_alive() for caller in callers):
+        time.sleep(min(10.0, 6 * options.minutes))
+        resident.append(memory())
+        passed = time.perf_counter() - start
+        print(f"{passed:5.0f} s, {resident[-1]:.0f} MiB, {dict(soak.counts)}, held {held(bark)}", flush=True)
+    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    left = allocated() - before
+    preempted = bark.scheduler.rounds.admission.preemptions
+    grown = max(resident[len(resident) // 2 :]) - max(resident[: max(1, len(resident) // 3)])
+    if any(held(bark)[name] != (0, 0) for name in bark.runner.pools):
+        soak.faults.append(f"pages or sequences are still held: {held(bark)}")
+    if grown > options.growth:
+        soak.faults.append(f"memory grew by {grown:.0f} MiB")
+    if left > options.left:
+        soak.faults.append(f"{left:.1f} MiB were allocated and not freed")
+    if not preempted:
+        soak.faults.append("nobody was preempted: the load was too light to show anything")
+    print(f"{soak.counts['spoken']} spoken, {preempted} preemptions")
+    print(f"the process grew by {grown:.1f} MiB, of which {left:.2f} MiB are still allocated")
+    sys.exit("\n".join(soak.faults) if soak.faults else 0)
+
+
+if __name__ == "__main__":
+    main()

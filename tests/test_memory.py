@@ -1,0 +1,147 @@
+"""Memory: what fits within max_memory, where models are placed, weights that take turns on a device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bark_fast import Bark, InvalidInput
+from bark_fast.engine.memory import Offloader, cache_pages, context_bytes, pages_of_context, storage_bytes
+from bark_fast.engine.scheduler import Limits, Scheduler
+
+TEXTS = ["One.", "Two, and somewhat longer.", "Three!"]
+SHORT = {"seed": [0, 1, 2], "max_seconds": 0.3}
+
+
+def fine_codes(bark, texts=TEXTS, **options):
+    """Of each text."""
+    return [audio.tokens.fine for audio in bark.generate(texts, **(SHORT | options))]
+
+
+def weights_of(bark):
+    """Bytes of all weights."""
+    runner = bark.runner
+    modules = (*runner.models.values(), runner.fine_model, runner.codec)
+    return storage_bytes(parameter for module in modules for parameter in module.parameters())
+
+
+def caches_of(bark):
+    """Bytes of all pages."""
+    pools = bark.runner.pools.values()
+    return storage_bytes(tensor for pool in pools for tensor in (*pool.keys, *pool.values))
+
+
+def least(bark):
+    """Bytes of weights and one utterance's caches."""
+    configs = [gpt.config for gpt in bark.runner.models.values()]
+    return weights_of(bark) + sum(context_bytes(config, torch.float32) for config in configs)
+
+
+class TestMaxMemory:
+    def test_one_contexts_bytes_are_those_of_its_pages(self, tiny_suno_dir):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", max_batch=1)
+        assert caches_of(bark) == least(bark) - weights_of(bark)
+
+    @pytest.mark.parametrize("contexts", [1.0, 1.7, 5.0])
+    def test_weights_and_caches_stay_within_it_and_use_it(self, tiny_suno_dir, suno_bark, contexts):
+        one = least(suno_bark) - weights_of(suno_bark)
+        bound = weights_of(suno_bark) + int(contexts * one)
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=bound)
+        taken = weights_of(bark) + caches_of(bark)
+        page = one // sum(pages_of_context(gpt.config) for gpt in bark.runner.models.values())
+        assert bound - 2 * page < taken <= bound
+
+    def test_more_than_the_batch_needs_is_not_taken(self, tiny_suno_dir, suno_bark):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", max_batch=16, max_memory=10**12)
+        assert caches_of(bark) == caches_of(suno_bark)
+
+    def test_tokens_are_the_same_with_the_least_there_can_be(self, tiny_suno_dir, suno_bark):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=least(suno_bark))
+        texts = [*TEXTS, "Four."]
+        seeds = {"seed": list(range(4)), "max_seconds": 0.4}
+        expected = fine_codes(suno_bark, texts, **seeds)
+        assert all(map(np.array_equal, fine_codes(bark, texts, **seeds), expected))
+
+    def test_too_little_names_value_bound_and_remedy(self, tiny_suno_dir, suno_bark):
+        bound = least(suno_bark) - 1
+        with pytest.raises(
+            InvalidInput, match=rf"max_memory is {bound} bytes; .*at least {bound + 1}, or choose"
+        ):
+            Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=bound)
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, "2GB", True])
+    def test_values_that_make_no_sense(self, tiny_suno_dir, value):
+        with pytest.raises(InvalidInput, match="max_memory is"):
+            Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=value)
+
+    def test_pages_never_fall_below_one_context(self, suno_bark):
+        configs = {name: gpt.config for name, gpt in suno_bark.runner.models.items()}
+        assert cache_pages(configs, torch.float32, 4, max_bytes=1) == {"semantic": 64, "coarse": 64}
+
+
+class TestPlacement:
+    def test_named_models_go_where_they_are_told(self, tiny_suno_dir, suno_bark):
+        devices = {"semantic": "cpu", "codec": torch.device("cpu")}
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", devices=devices)
+        assert all(map(np.array_equal, fine_codes(bark), fine_codes(suno_bark)))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"devices": {"text": "cpu"}}, "devices has 'text'; choose from semantic"),
+            ({"devices": {"fine": "cuda:99"}}, "device 'cuda:99'"),
+            ({"devices": {"fine": "cpu"}, "offload": True}, "leave devices out, or offload"),
+        ],
+    )
+    def test_bad_places_are_named(self, tiny_suno_dir, options, message):
+        with pytest.raises(InvalidInput, match=message):
+            Bark.from_pretrained(tiny_suno_dir, device="cpu", **options)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("model", ["semantic", "coarse", "fine", "codec"])
+    def test_a_model_apart_from_the_others(self, tiny_suno_dir, model):
+        together = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32")
+        apart = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32", devices={model: "cpu"})
+        places = {name: gpt.wte.weight.device.type for name, gpt in apart.runner.models.items()}
+        assert all(places[name] == ("cpu" if name == model else "cuda") for name in places)
+        assert all(map(np.array_equal, fine_codes(apart), fine_codes(together)))
+
+
+class TestOffload:
+    def test_tokens_are_the_same_and_every_model_comes_once(self, tiny_suno_dir, suno_bark):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", offload=True)
+        assert all(map(np.array_equal, fine_codes(bark), fine_codes(suno_bark)))
+        assert bark.runner.offloader.moves == 4
+        assert bark.runner.offloader.resident == "codec"
+
+    def test_without_turns_models_would_come_and_go(self, tiny_suno_dir):
+        """What `one_model` is for."""
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", offload=True)
+        bark.scheduler = Scheduler(bark.runner, limits=Limits())
+        list(bark.stream_results([{"text": "One.", "max_seconds": 0.1 * i} for i in (1, 5)], seed=0))
+        assert bark.runner.offloader.moves > 4
+
+    @pytest.mark.gpu
+    def test_one_model_at_a_time_is_on_the_device(self):
+        first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        second.bias = torch.nn.Parameter(second.weight[0])  # tied: the same memory
+        kept = first.weight.detach().clone()
+        offloader = Offloader({"first": first, "second": second}, torch.device("cuda"))
+        places = []
+        for name in ("first", "second", "second", "first", "second"):
+            offloader.bring(name)
+            places.append((first.weight.device.type, second.weight.device.type))
+        away, there = "cpu", "cuda"
+        assert places == [(there, away), (away, there), (away, there), (there, away), (away, there)]
+        assert offloader.moves == 4
+        assert torch.equal(first.weight, kept)
+        assert second.bias.data_ptr() == second.weight.data_ptr()
+
+    @pytest.mark.gpu
+    def test_weights_leave_the_gpu(self, tiny_suno_dir):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32", offload=True)
+        together = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32")
+        assert all(map(np.array_equal, fine_codes(bark), fine_codes(together)))
+        assert all(gpt.wte.weight.device.type == "cpu" for gpt in bark.runner.models.values())
+        assert bark.runner.codec.codebooks.device.type == "cuda"

