@@ -45,12 +45,13 @@ wait
 for name in attention norm_linear mlp sampling paged_kv_cuda; do
     part "$name" 45 python3 "benchmarks/bench_$name.py"
 done
-part engine 120 python3 benchmarks/bench_engine.py --device cuda
+part decode 100 python3 benchmarks/bench_decode.py
+part engine 60 python3 benchmarks/bench_engine.py --device cuda
 for dtype in bfloat16 float32; do
     part "e2e-$dtype" 60 python3 benchmarks/bench_e2e.py --device cuda --dtype $dtype --size small --seconds 5 --repeats 1
 done
 cp benchmarks/results/*.csv "$out/" 2> /dev/null
 
-for name in build doctor tests memcheck attention norm_linear mlp sampling paged_kv_cuda engine e2e-bfloat16 e2e-float32; do
+for name in build doctor tests memcheck attention norm_linear mlp sampling paged_kv_cuda decode engine e2e-bfloat16 e2e-float32; do
     cat "$out/$name.status"
 done | tee "$out/summary.txt"
