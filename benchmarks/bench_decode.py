@@ -1,7 +1,7 @@
-"""Milliseconds a decode step takes: the engine's bursts beside torch.compile over a static cache, and the floor.
+"""Milliseconds a decode step takes: the engine's bursts, torch.compile over a static cache, and the floor.
 
-Random weights of the published shapes, the coarse model, which takes three steps of four. The floor is the bytes
-of the weights a step reads, and of the keys and values, over the measured copy bandwidth. The peer is
+Random weights of the published shapes, the coarse model, which takes three steps of four. The floor is the
+bytes of the weights a step reads, and of the keys and values, over the measured copy bandwidth. The peer is
 benchmarks/static_peer.py with mode="max-autotune", which captures CUDA graphs.
 
     python benchmarks/bench_decode.py                    # on a GPU: large, bfloat16, batches of 1, 8 and 64

@@ -147,7 +147,7 @@ class TestCodec:
             expected = theirs.decoder(theirs.quantizer.decode(codes[:, None]))[0, 0]
             hfs = hf_peer.model.codec_decode(codes[None])[0]
             for bark in (suno_bark, hf_bark):
-                ours = bark.runner.codec(codes)
+                ours = bark.runner.codec(codes[None])[0]
                 assert ours.shape == (320 * frames,)
                 assert (ours - expected).abs().max() <= TOLERANCE
                 assert (ours - hfs).abs().max() <= TOLERANCE
@@ -157,9 +157,17 @@ class TestCodec:
         """EnCodec's bandwidths: the first codebooks alone decode to a coarser waveform."""
         codes = torch.randint(0, 1024, (8, 20), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            two, eight = suno_bark.runner.codec(codes[:2]), suno_bark.runner.codec(codes)
+            two, eight = (suno_bark.runner.codec(part[None])[0] for part in (codes[:2], codes))
         assert two.shape == eight.shape
         assert (two - eight).abs().max() > 1e-3
+
+    def test_a_batch_is_its_rows(self, suno_bark):
+        codes = torch.from_numpy(np.random.default_rng(5).integers(0, 1024, (3, 8, 20)))
+        with torch.inference_mode():
+            together = suno_bark.runner.codec(codes)
+            apart = [suno_bark.runner.codec(row[None])[0] for row in codes]
+        for row, alone in zip(together, apart, strict=True):
+            assert (row - alone).abs().max() <= 1e-5 < (row - apart[0].roll(1)).abs().max()
 
 
 def test_biases_are_used_when_a_checkpoint_has_them():

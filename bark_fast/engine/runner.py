@@ -188,7 +188,8 @@ class EagerRunner:
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
         with self._running("codec"):
             device = self.codec.codebooks.device
-            return [self.codec(torch.from_numpy(work.codes).to(device)).float().cpu().numpy() for work in works]
+            codes = torch.from_numpy(np.stack([work.codes for work in works])).to(device)
+            return list(self.codec(codes).float().cpu().numpy())
 
     @contextmanager
     def _running(self, model: str) -> Iterator[None]:

@@ -73,14 +73,14 @@ class Codec(nn.Module):
         self.conv_out = CausalConv(config.num_filters, 1, config.last_kernel_size)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """codes: (codebooks, time) int64, up to `num_codebooks` of them -> samples (time * hop_length,)."""
+        """codes (batch, codebooks, time) int64, up to `num_codebooks` -> samples (batch, time * hop_length)."""
         x = torch.zeros((), device=codes.device)
-        for codebook, indices in zip(self.codebooks, codes, strict=False):
+        for codebook, indices in zip(self.codebooks, codes.unbind(1), strict=False):
             x = x + F.embedding(indices, codebook)
-        x = self.conv_in(x.T[None])
+        x = self.conv_in(x.transpose(1, 2))
         steps = x.permute(2, 0, 1)
         x = (self.lstm(steps)[0] + steps).permute(1, 2, 0)
         for block in self.blocks:
             x = block(x)
         samples: Tensor = self.conv_out(F.elu(x))
-        return samples[0, 0]
+        return samples[:, 0]
