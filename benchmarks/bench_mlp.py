@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_norm_linear import COLD_BYTES, ROWS, best, entry, layers, matmul_rate
-from bench_paged_kv_cuda import copy_bandwidth, replay_times
+from bench_norm_linear import COLD_BYTES, ROWS, best, entry, layers
+from gpu_timing import copy_bandwidth, matmul_rate, replay_times
 from harness import append_rows, quantiles
 from torch import Tensor
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_paged_kv_cuda import copy_bandwidth, replay_times
+from gpu_timing import copy_bandwidth, matmul_rate, replay_times
 from harness import append_rows, quantiles
 from torch import Tensor
 
@@ -107,12 +107,6 @@ def seconds(call: Callable[[Tensor], Any], weights: Tensor) -> dict[str, float]:
             call(weight)
 
     return quantiles([time / len(weights) for time in replay_times(all_copies)])
-
-
-def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """Floating-point operations a second of a large square product by cuBLAS."""
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    return 2 * size**3 / quantiles(replay_times(lambda: a @ b))["p50"]
 
 
 def figures(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-
-import torch
+from functools import cached_property
 
 from bark_fast.engine.decode_loop import Capture, DecodeLoop
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.sequence import Sequence
-from bark_fast.modules.codec import Codec
-from bark_fast.modules.fine import FineGPT
-from bark_fast.modules.gpt import GPT
 
 
 class GraphRunner(EagerRunner):
@@ -21,22 +17,11 @@ class GraphRunner(EagerRunner):
     Nothing is captured on a CPU, nor with offloading; the steps are the same.
     """
 
-    def __init__(
-        self,
-        semantic: GPT,
-        coarse: GPT,
-        fine: FineGPT,
-        codec: Codec,
-        max_sequences: int,
-        cache_bytes: int | None = None,
-        offload_to: torch.device | None = None,
-    ) -> None:
-        super().__init__(semantic, coarse, fine, codec, max_sequences, cache_bytes, offload_to)
-        # a graph knows weights by their addresses, which offloading changes
-        self.loops = {
-            name: DecodeLoop(name, gpt, self.pools[name], capture=offload_to is None)
-            for name, gpt in self.models.items()
-        }
+    @cached_property
+    def loops(self) -> dict[str, DecodeLoop]:
+        """One for each model that decodes. A graph knows weights by address, which offloading changes."""
+        capture = self.offloader is None
+        return {name: DecodeLoop(name, gpt, self.pools[name], capture) for name, gpt in self.models.items()}
 
     @property
     def captures(self) -> list[Capture]:
