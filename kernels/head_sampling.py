@@ -30,8 +30,8 @@ HIGHEST, MASS, BEST, EOS_LOGIT = (tl.constexpr(column) for column in range(4))
 PARTS = tl.constexpr(5)
 """Numbers a tile leaves a row: the four above, and the column of the best."""
 NOWHERE = tl.constexpr(2**31 - 1)
-TILE_K = 128
-"""Columns of the head read at once: 16 bytes of bf16 for each of 16 threads."""
+TILE_K = {1: 256, 16: 128}
+"""Columns of the head read at once for one row, and for more."""
 
 
 @triton.jit
@@ -113,7 +113,13 @@ def _head_sample_kernel(
             q = tl.load(at_noise, live[:, None] & present[None, :], 1.0)
         else:
             q = exponential_run(
-                tile * TILE, step32[:, None], stream[:, None], chunk[:, None], key0[:, None], key1[:, None], TILE
+                tile * TILE,
+                step32[:, None],
+                stream[:, None],
+                chunk[:, None],
+                key0[:, None],
+                key1[:, None],
+                TILE,
             )
         score = tl.where(greedy[:, None], logits, tl.where(present[None, :], weights / q, float("-inf")))
     best = tl.max(score, axis=1)
@@ -164,7 +170,7 @@ def _head_sample_kernel(
 
 def tiles(window: int, rows: int) -> tuple[int, int]:
     """Columns of a tile, and how many there are."""
-    tile = 16 if rows == 1 and window <= 4096 else 64
+    tile = 16 if rows == 1 else 32
     return tile, triton.cdiv(window, tile)
 
 
@@ -202,14 +208,15 @@ def head_sample(
     flag = torch.zeros(1, dtype=torch.int32, device=x.device) if flag is None else flag
     parts, counter = head_scratch(window, rows, x.device) if scratch is None else scratch
     tile, count = tiles(window, rows)
+    padded = 1 if rows == 1 else MAX_ROWS
     assert parts.shape == (rows, count, PARTS.value) and parts.is_contiguous()
     _head_sample_kernel[(count,)](
         x, norm_weight, norm_weight if norm_bias is None else norm_bias, head, x if noise is None else noise,
         rules, numbers, places, parts, counter, tokens, flag,
         rows, width, len(head), x.stride(0), head.stride(0), 0 if noise is None else noise.stride(0),
         rules.stride(0), numbers.stride(0), places.stride(0),
-        NOISE=kind.value, HAS_BIAS=norm_bias is not None, ROWS=1 if rows == 1 else 16, TILE=tile, TILES=count,
-        COLUMNS=triton.next_power_of_2(width), TILE_K=TILE_K, JOIN=triton.next_power_of_2(count),
-        num_warps=4, num_stages=3, **COMPILE,
+        NOISE=kind.value, HAS_BIAS=norm_bias is not None, ROWS=padded, TILE=tile, TILES=count,
+        COLUMNS=triton.next_power_of_2(width), TILE_K=TILE_K[padded], JOIN=triton.next_power_of_2(count),
+        num_warps=4 if padded == 1 else 8, num_stages=3, **COMPILE,
     )  # fmt: skip
     return tokens, flag

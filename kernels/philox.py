@@ -78,7 +78,9 @@ def exponential_at(at, step, stream, chunk, key0, key1):
 
 
 @triton.jit
-def _exponential_kernel(places, out, place_stride, out_stride, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _exponential_kernel(
+    places, out, place_stride, out_stride, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     key0, key1, step, stream, chunk = load_place(places, row, place_stride, row < rows)
     first = tl.program_id(1) * BLOCK

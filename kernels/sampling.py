@@ -19,7 +19,13 @@ from torch import Tensor
 from bark_fast.kernels.philox import STEP, exponential_at, exponential_run, load_place
 from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.kernels.selection import (
-    LAST_INDEX, LOWEST_KEY, any_row, cut, order_key, search, weights,
+    LAST_INDEX,
+    LOWEST_KEY,
+    any_row,
+    cut,
+    order_key,
+    search,
+    weights,
 )  # fmt: skip
 from bark_fast.kernels.target import COMPILE
 
@@ -132,9 +138,7 @@ def _sample_kernel(
                 target = tl.where(by_mass, top_p * all_mass, top_k.to(tl.float32) - 1)
                 hi = tl.where(filtered, tl.max(key, axis=1), lo + 1)
                 by_mass = by_mass & filtered
-                lo, total = search(
-                    key, sort_top, lo, hi, total, target, by_mass, by_mass & hf, CHUNK, True, 1
-                )
+                lo, total = search(key, sort_top, lo, hi, total, target, by_mass, by_mass & hf, CHUNK, True, 1)
                 if any_row(by_mass & hf):
                     left = tl.where(key > lo[:, None], LOWEST_KEY, key)
                     dropped = tl.where(by_mass & hf, tl.sum(weights(left, sort_top), axis=1), 0.0)
@@ -216,11 +220,16 @@ def _sample_kernel(
     tl.store(flag + row * 0, row.to(tl.int32) * 0 + 1, live & (valid == 0))
 
 
-def _launch(window: int, rows_a_program: int, chunk: int) -> tuple[int, int, int, int]:
+def _launch(window: int, rows_a_program: int, chunk: int, filters: bool) -> tuple[int, int, int, int]:
     """Columns of the window tile and of the candidates' tile, thresholds a round, warps."""
     block = max(16, triton.next_power_of_2(window))
     chunk = min(block, chunk)
-    return block, chunk, 8 if chunk >= 256 else 4, max(1, min(16, rows_a_program * block // 128))
+    return (
+        block,
+        chunk,
+        8 if chunk >= 256 else 4,
+        max(1, min(16 if filters else 8, rows_a_program * block // 128)),
+    )
 
 
 def sample(
@@ -251,12 +260,12 @@ def sample(
     if places is None:
         places = torch.zeros(1, 4, dtype=torch.int64, device=logits.device).expand(rows, 4)
     assert places.dtype == torch.int64 and places.shape == (rows, 4) and places.stride(1) == 1
-    block, chunk, thresholds, warps = _launch(window, rows_a_program, chunk)
+    block, chunk, thresholds, warps = _launch(window, rows_a_program, chunk, filters)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if tokens is None else tokens
     flag = torch.zeros(1, dtype=torch.int32, device=logits.device) if flag is None else flag
     if filters and block > chunk and scratch is None:
         scratch = torch.empty(rows, chunk, dtype=torch.int32, device=logits.device)
-    assert scratch is None or scratch.shape == (rows, chunk) and scratch.is_contiguous()
+    assert scratch is None or (scratch.shape == (rows, chunk) and scratch.is_contiguous())
     assert tokens.is_contiguous() and tokens.dtype == torch.int64 and len(tokens) == rows
     if rows:
         _sample_kernel[(triton.cdiv(rows, rows_a_program),)](

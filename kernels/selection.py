@@ -127,7 +127,7 @@ def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.cons
             # target less what comes before the ties, in ties: so many more fit
             earlier = ((key > lowest) != hf[:, None]) & (key != lowest)
             before = tl.sum(tl.where(earlier, weights(key, top), 0.0), axis=1)
-            one = tl.exp(key_value((lo + 1)) - top)
+            one = tl.exp(key_value(lo + 1) - top)
             fit = tl.floor((target - before) / tl.maximum(one, 1e-37))
             fitting = tl.where(hf, ties - fit, fit + 1)
             fitting = tl.minimum(tl.maximum(fitting, 1.0), ties)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bark_fast.errors import InvalidInput
 from bark_fast.ops.dispatch import define, is_eager, uses_triton
 from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.reference import layer_norm, linear
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, seed_of, unpack_rule
 from bark_fast.sampling import SamplingRule
 
@@ -63,7 +65,52 @@ def sample_rows(
         flag = torch.zeros(1, dtype=torch.int32, device=logits.device)
     call = _sample_rows if is_eager(logits) else torch.ops.bark_fast.sample_rows
     call(
-        logits, rules.integers, rules.numbers, places, noise, tokens, flag, rules.window, rules.filters, logits_low
+        logits,
+        rules.integers,
+        rules.numbers,
+        places,
+        noise,
+        tokens,
+        flag,
+        rules.window,
+        rules.filters,
+        logits_low,
+    )
+    return tokens
+
+
+def head_sample(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, rules: RuleRows,
+    places: Tensor | None = None, noise: Tensor | None = None, tokens: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`sample_rows` of the logits LayerNorm(x) @ head.T, for rules without top-k and top-p.
+
+    x: (rows, n_embd), at most 16 rows on a GPU, which must share a window there. head: (vocabulary, n_embd), x's
+    dtype. Logits are fp32 on a GPU, where only the window's rows of the head are read and nothing is written but
+    tokens; elsewhere they have x's dtype. The rest as for `sample_rows`.
+    """
+    if rules.filters:
+        raise InvalidInput(
+            "head_sample has no top-k and top-p; use sample_rows for rules that may ask for them"
+        )
+    if tokens is None:
+        tokens = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if flag is None:
+        flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    call = _head_sample if is_eager(x) else torch.ops.bark_fast.head_sample
+    call(
+        x,
+        norm_weight,
+        norm_bias,
+        head,
+        rules.integers,
+        rules.numbers,
+        places,
+        noise,
+        tokens,
+        flag,
+        rules.window,
     )
     return tokens
 
@@ -112,6 +159,21 @@ def _sample_rows(
             token = int(_sample(scores, drawn, rule, eos))
         tokens[row] = token if token == INVALID_TOKEN else token + low
     flag |= (tokens == INVALID_TOKEN).any()
+
+
+def _head_sample(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, integers: Tensor, numbers: Tensor,
+    places: Tensor | None, noise: Tensor | None, tokens: Tensor, flag: Tensor, window: int,
+) -> None:  # fmt: skip
+    if uses_triton(x):
+        from bark_fast.kernels import head_sampling as kernels
+
+        kernels.head_sample(
+            x, norm_weight, norm_bias, head, noise, integers, numbers, places, window, tokens, flag
+        )
+        return
+    logits = linear(layer_norm(x, norm_weight, norm_bias), head)
+    _sample_rows(logits, integers, numbers, places, noise, tokens, flag, window, False, 0)
 
 
 def _exponential(places: Tensor, width: int) -> Tensor:
@@ -189,6 +251,12 @@ define(
     "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, "
     "Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
     _sample_rows,
+    lambda *arguments: None,
+)
+define(
+    "head_sample(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor head, Tensor integers, Tensor numbers, "
+    "Tensor? places, Tensor? noise, Tensor(a!) tokens, Tensor(b!) flag, int window) -> ()",
+    _head_sample,
     lambda *arguments: None,
 )
 define(
