@@ -1,10 +1,11 @@
-"""LayerNorm, the head's rows of one window, and a draw by temperature, in one launch: logits never reach memory.
+"""LayerNorm, the head's rows of one window, and a draw by temperature, in one launch: logits never reach
+memory.
 
-h = LayerNorm(x) * weight (+ bias), eps 1e-5, in fp32 and rounded to the head's dtype; logit c = head[low + c] . h,
-accumulated and kept in fp32; then what `sampling.py` does without top-k and top-p. For up to 16 rows, which share
-the window of row 0's step (a row of another window is invalid). A program takes a tile of the window for all rows,
-reading each weight once; it leaves highest logit, weight, best candidate and EOS logit of its tile, and the last
-program to arrive joins the tiles in their order and sets the counter back to zero.
+h = LayerNorm(x) * weight (+ bias), eps 1e-5, in fp32 and rounded to the head's dtype; logit c = head[low + c] .
+h, accumulated and kept in fp32; then what `sampling.py` does without top-k and top-p. For up to 16 rows, which
+share the window of row 0's step (a row of another window is invalid). A program takes a tile of the window for
+all rows, reading each weight once; it leaves highest logit, weight, best candidate and EOS logit of its tile,
+and the last program to arrive joins the tiles in their order and sets the counter back to zero.
 
 Hugging Face's greedy search takes the first of the highest logits here, where `ops.sampling` rounds them as
 log-probabilities first.
@@ -183,10 +184,11 @@ def head_scratch(window: int, rows: int, device: torch.device) -> tuple[Tensor, 
 
 def head_sample(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, noise: Tensor | None, rules: Tensor,
-    numbers: Tensor, places: Tensor | None, window: int, tokens: Tensor | None = None, flag: Tensor | None = None,
-    scratch: tuple[Tensor, Tensor] | None = None,
+    numbers: Tensor, places: Tensor | None, window: int, tokens: Tensor | None = None,
+    flag: Tensor | None = None, scratch: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Tokens (rows,) int64 and flag (1,) int32 of hidden states x (rows, width), as `sampling.sample` returns them.
+    """Tokens (rows,) int64 and flag (1,) int32 of hidden states x (rows, width), as `sampling.sample` returns
+    them.
 
     head: (vocabulary, width), row stride of its own. noise: (rows, window). Everything else as for
     `sampling.sample`, rules without top-k and top-p (they are not looked at). scratch: of `head_scratch`.

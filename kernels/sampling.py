@@ -1,12 +1,14 @@
 """From logits to a token in one launch, every row under a rule of its own, in either dialect.
 
 Per row: the window of its step, NaN check, EOS rule, top-k, top-p, temperature, argmax(p / q), in the order of
-`ops/sampling.py`. Logits fp32, fp16 or bf16, (rows, width) with a row stride; everything is computed in fp32.
-q is given, or drawn from Philox (`philox.py`). Rules and places lie in device memory (`rule_layout.py`), so a
-captured graph serves any mix of sequences. Whatever rules and places hold, nothing outside the tensors is touched.
+`ops/sampling.py`. Logits fp32, fp16 or bf16, (rows, width) with a row stride; everything is computed in fp32. q
+is given, or drawn from Philox (`philox.py`). Rules and places lie in device memory (`rule_layout.py`), so a
+captured graph serves any mix of sequences. Whatever rules and places hold, nothing outside the tensors is
+touched.
 
-A row wider than `CHUNK` with a filter is narrowed to at most CHUNK candidates by bisection over registers, these are
-written to scratch, and all else happens on them; a filter that keeps more works on the whole row, slower.
+A row wider than `CHUNK` with a filter is narrowed to at most CHUNK candidates by bisection over registers,
+these are written to scratch, and all else happens on them; a filter that keeps more works on the whole row,
+slower.
 """
 
 from __future__ import annotations
@@ -239,11 +241,11 @@ def sample(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens (rows,) int64, rows of the head; -1 for an invalid row. flag (1,) int32 is set to 1 if any is.
 
-    logits: (rows, width), column c is row logits_low + c of the head. noise: (rows, window) Exp(1), column c for
-    row low + c; None draws from Philox at `places` (rows, 4) int64, and without places all rows must be greedy.
-    rules, numbers: (rows, 9) int32 and (rows, 3) fp32, see `rule_layout`; row stride 0 shares one rule. window: the
-    widest window of the rules. filters: False skips top-k and top-p, which no rule may then ask for. scratch:
-    (rows, chunk) int32.
+    logits: (rows, width), column c is row logits_low + c of the head. noise: (rows, window) Exp(1), column c
+    for row low + c; None draws from Philox at `places` (rows, 4) int64, and without places all rows must be
+    greedy. rules, numbers: (rows, 9) int32 and (rows, 3) fp32, see `rule_layout`; row stride 0 shares one rule.
+    window: the widest window of the rules. filters: False skips top-k and top-p, which no rule may then ask
+    for. scratch: (rows, chunk) int32.
     """
     assert logits.dim() == 2 and logits.stride(1) == 1 and 0 < window <= WIDEST
     assert 0 <= logits_low <= 2**30

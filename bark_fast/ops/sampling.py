@@ -51,13 +51,13 @@ def sample_rows(
 ) -> Tensor:  # fmt: skip
     """Draw one token per row, each under its own rule, at its own step, from its own noise.
 
-    logits: (rows, width), column c being row logits_low + c of the head; the window of a row's step is what of it
-    may be drawn, and must lie within. places: (rows, 4) int64, seed, step, stream and chunk, see `place_row`:
-    the step picks the window, all of it the noise of `PhiloxNoise`. noise: (rows, window) Exp(1) to use instead,
-    column c for row low + c of the head. Without places the step is 0; without either all rules are greedy.
-    Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its window outside
-    the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and flag are made when
-    not given. On a GPU this is one launch that reads nothing on the host.
+    logits: (rows, width), column c being row logits_low + c of the head; the window of a row's step is what of
+    it may be drawn, and must lie within. places: (rows, 4) int64, seed, step, stream and chunk, see
+    `place_row`: the step picks the window, all of it the noise of `PhiloxNoise`. noise: (rows, window) Exp(1)
+    to use instead, column c for row low + c of the head. Without places the step is 0; without either all rules
+    are greedy. Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its
+    window outside the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and
+    flag are made when not given. On a GPU this is one launch that reads nothing on the host.
     """
     if tokens is None:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -86,9 +86,9 @@ def head_sample(
 ) -> Tensor:  # fmt: skip
     """`sample_rows` of the logits LayerNorm(x) @ head.T, for rules without top-k and top-p.
 
-    x: (rows, n_embd), at most 16 rows on a GPU, which must share a window there. head: (vocabulary, n_embd), x's
-    dtype. Logits are fp32 on a GPU, where only the window's rows of the head are read and nothing is written but
-    tokens; elsewhere they have x's dtype. The rest as for `sample_rows`.
+    x: (rows, n_embd), at most 16 rows on a GPU, which must share a window there. head: (vocabulary, n_embd),
+    x's dtype. Logits are fp32 on a GPU, where only the window's rows of the head are read and nothing is
+    written but tokens; elsewhere they have x's dtype. The rest as for `sample_rows`.
     """
     if rules.filters:
         raise InvalidInput(
@@ -248,14 +248,14 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 
 define(
-    "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, "
-    "Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
+    "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, "
+    "Tensor(a!) tokens, Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
     _sample_rows,
     lambda *arguments: None,
 )
 define(
-    "head_sample(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor head, Tensor integers, Tensor numbers, "
-    "Tensor? places, Tensor? noise, Tensor(a!) tokens, Tensor(b!) flag, int window) -> ()",
+    "head_sample(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor head, Tensor integers, "
+    "Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, Tensor(b!) flag, int window) -> ()",
     _head_sample,
     lambda *arguments: None,
 )

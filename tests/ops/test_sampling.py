@@ -84,7 +84,8 @@ def near_boundary(logits: Tensor, rule: SamplingRule) -> Tensor:
 
 
 def assert_same(got: Tensor, logits: Tensor, noise: Tensor, rule: SamplingRule) -> int:
-    """Equal tokens, save that rows on the boundary of top_p may take either side of it; returns how many are."""
+    """Equal tokens, save that rows on the boundary of top_p may take either side of it; returns how many
+    are."""
     expected = reference(logits, noise, rule)
     edge = near_boundary(logits, rule)
     assert torch.equal(got[~edge], expected[~edge]), rule
@@ -158,7 +159,8 @@ def test_rows_narrowed_to_a_chunk_equal_the_reference(dialect: str, values: dict
     ids=str,
 )
 def test_the_semantic_window(device: str, dialect: str, values: dict[str, Any]) -> None:
-    """10,001 columns of a head of 10,048, at production's launch; duplicates and a masked stretch among them."""
+    """10,001 columns of a head of 10,048, at production's launch; duplicates and a masked stretch among
+    them."""
     count = 3 if device == "cpu" else 256
     x = logits_of(count, 10_001, seed=3) * 2
     x[:, 5000:6000] = x[:, :1000]
