@@ -171,7 +171,7 @@ def _head_sample_kernel(
 
 def tiles(window: int, rows: int) -> tuple[int, int]:
     """Columns of a tile, and how many there are."""
-    tile = 16 if rows == 1 else 32
+    tile = 16 if rows == 1 else 64
     return tile, triton.cdiv(window, tile)
 
 

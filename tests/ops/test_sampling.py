@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -61,8 +63,8 @@ def rule_of(dialect: str, width: int = WIDTH, **values: Any) -> SamplingRule:
 
 
 def reference(logits: Tensor, noise: Tensor | None, rule: SamplingRule) -> Tensor:
-    """The torch path, on any device."""
-    with prefer("torch"):
+    """The torch path, with sorts made stable: torch leaves open which of equal logits comes first."""
+    with prefer("torch"), mock.patch.object(torch, "sort", partial(torch.sort, stable=True)):
         return ops.sample(logits, noise, rule, rule.eos_token)
 
 
