@@ -233,8 +233,8 @@ def _sample_hf(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_ind
     if rule.top_k is not None:
         scores = _keep_top_k(scores, rule.top_k)
     if rule.top_p is not None and rule.top_p < 1.0:
-        # transformers' own call: which of equal logits stays is up to torch's sort (the kernel keeps the highest
-        # indices, as a stable sort would)
+        # transformers' own call: which of equal logits stays is up to torch's sort (the kernel keeps the last
+        # ones, as a stable sort would)
         ordered, order = torch.sort(scores, dim=-1)
         beyond = F.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1 - rule.top_p
         beyond[..., -1] = False
