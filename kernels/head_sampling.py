@@ -31,7 +31,7 @@ HIGHEST, MASS, BEST, EOS_LOGIT = (tl.constexpr(column) for column in range(4))
 PARTS = tl.constexpr(5)
 """Numbers a tile leaves a row: the four above, and the column of the best."""
 NOWHERE = tl.constexpr(2**31 - 1)
-TILE_K = {1: 256, 16: 128}
+TILE_K = {1: 256, 16: 64}
 """Columns of the head read at once for one row, and for more."""
 
 
