@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 from bark_fast.extension import describe, load
+from bark_fast.ops.dispatch import has_triton
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def backends() -> list[Backend]:
 
     return [
         Backend("torch", True, f"eager operations of torch {torch.__version__}"),
-        Backend("triton", False, _why_no_triton(torch.cuda.is_available())),
+        _triton(torch.cuda.is_available()),
         Backend("extension", load() is not None, describe()),
     ]
 
@@ -37,9 +37,9 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _why_no_triton(has_gpu: bool) -> str:
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
+def _triton(has_gpu: bool) -> Backend:
+    if not has_triton():
+        return Backend("triton", False, "the package triton is not installed")
     if not has_gpu:
-        return "no CUDA GPU is visible to torch"
-    return "this version has no Triton kernels yet"
+        return Backend("triton", False, "no CUDA GPU is visible to torch")
+    return Backend("triton", True, f"kernels of triton {installed_version('triton')} for tensors on the GPU")

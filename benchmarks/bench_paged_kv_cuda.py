@@ -1,77 +1,104 @@
-"""Paged attention on a GPU: bytes of live keys and values over time, beside the copy bandwidth and torch SDPA.
+"""The paged cache on a GPU: decode attention and ragged prefill, beside the copy bandwidth and torch SDPA.
 
 python benchmarks/bench_paged_kv_cuda.py. Each figure is one replay of a CUDA graph that calls every layer once,
 so launches cost what they cost in a decode step; the layers together are larger than the L2, so reads are cold.
-Not yet run anywhere: there was no GPU when it was written.
+Decode attention is held against the bytes of live keys and values over the copy bandwidth, prefill against
+append_kv and SDPA in two calls. Not yet run anywhere: there was no GPU when it was written.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_paged_kv import HEAD_DIM, Cache
+from gpu_timing import COLD_BYTES, copy_bandwidth, matmul_rate, replay_times, require_gpu
 from harness import append_rows, quantiles
+from torch import Tensor
 
 from bark_fast.ops import paged_kv
+from bark_fast.ops.dispatch import Backend, prefer
+from bark_fast.ops.paged_prefill import paged_prefill
 
-COLD_BYTES = 512 * 2**20
 SHAPES = [(1, 257), (1, 1024), (8, 1024), (64, 1024)]  # (batch, keys of each sequence)
+PROMPTS = (257, 887)
+PAGE_SIZE = 16
+Step = Callable[[], None]
 
 
-def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
-    """Seconds of each replay of a graph of `call`, by CUDA events."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return times[5:]
+def decode_steps(batch: int, keys: int, n_head: int, dtype: torch.dtype, device: str) -> dict[str, Step]:
+    """One pass over all layers, by contender."""
+    cache = Cache([keys] * batch, n_head, layers_for(batch * keys, n_head, dtype), PAGE_SIZE, dtype)
+    pages = [[part.to(device) for part in layer] for layer in cache.layers]
+    query, out = cache.query.to(device), cache.out.to(device)
+    tables = [tensor.to(device) for tensor in (cache.table, cache.lengths, cache.starts)]
+    scratch = paged_kv.attention_scratch(batch, n_head, HEAD_DIM, device)
 
+    def paged(backend: Backend) -> None:
+        with prefer(backend):
+            for k, v in pages:
+                paged_kv.paged_attention(query, k, v, *tables, out, scratch=scratch)
 
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a device-to-device copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * len(source) / quantiles(replay_times(lambda: target.copy_(source)))["p50"]
-
-
-def figures(batch: int, keys: int, n_head: int, dtype: torch.dtype) -> tuple[list[float], list[float], int]:
-    """Seconds a layer of paged attention and of SDPA over contiguous caches, and bytes a layer."""
-    layer_bytes = 2 * batch * keys * n_head * HEAD_DIM * dtype.itemsize
-    layers = max(2, -(-COLD_BYTES // layer_bytes))
-    cache = Cache([keys] * batch, n_head, layers, 16, dtype)
-    pages = [[part.cuda() for part in layer] for layer in cache.layers]
-    query, out = cache.query.cuda(), cache.out.cuda()
-    table, lengths, starts = cache.table.cuda(), cache.lengths.cuda(), cache.starts.cuda()
-    scratch = paged_kv.attention_scratch(batch, n_head, HEAD_DIM, "cuda")
-
-    def paged() -> None:
-        for k, v in pages:
-            paged_kv.paged_attention(query, k, v, table, lengths, starts, out, scratch=scratch)
-
-    ours = [seconds / layers for seconds in replay_times(paged)]
     shape = (batch, n_head, keys, HEAD_DIM)
-    contiguous = [[torch.randn(shape, dtype=dtype, device="cuda") for _ in "kv"] for _ in range(layers)]
+    contiguous = [[torch.randn(shape, dtype=dtype, device=device) for _ in "kv"] for _ in pages]
 
     def sdpa() -> None:
         for k, v in contiguous:
             F.scaled_dot_product_attention(query[:, :, None], k, v)
 
-    return ours, [seconds / layers for seconds in replay_times(sdpa)], layer_bytes
+    steps: dict[str, Step] = {"triton": lambda: paged("triton"), "sdpa": sdpa}
+    if paged_kv.compiled(cuda=True) is not None:
+        steps["cuda"] = lambda: paged("auto")
+    return steps
+
+
+def prefill_steps(tokens: int, n_head: int, dtype: torch.dtype, device: str) -> dict[str, Step]:
+    """One prompt through all layers, by contender: in one launch, and stored and attended to in two."""
+    need = -(-tokens // PAGE_SIZE)
+    count, width = layers_for(tokens, n_head, dtype), n_head * HEAD_DIM
+    shape = (need, n_head, PAGE_SIZE, HEAD_DIM)
+    pages = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in range(count)]
+    projections = [torch.randn(tokens, 3 * width, device=device).to(dtype) for _ in range(count)]
+    out = torch.empty(tokens, width, dtype=dtype, device=device)
+    slots = torch.arange(tokens, device=device)
+    table = torch.arange(need, dtype=torch.int32, device=device)[None]
+    lengths, starts = (torch.tensor(n, dtype=torch.int32, device=device) for n in ([tokens], [0, tokens]))
+
+    def one_launch() -> None:
+        with prefer("triton"):
+            for qkv, (k, v) in zip(projections, pages, strict=True):
+                paged_prefill(qkv, k, v, table, lengths, starts, slots, out)
+
+    def sdpa() -> None:
+        for qkv, (k, v) in zip(projections, pages, strict=True):
+            paged_kv.append_kv(qkv, k, v, slots)
+            parts: Tensor = qkv.view(1, tokens, 3, n_head, HEAD_DIM).permute(2, 0, 3, 1, 4)
+            F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).reshape(tokens, width)
+
+    return {"triton": one_launch, "sdpa": sdpa}
+
+
+def layers_for(tokens: int, n_head: int, dtype: torch.dtype) -> int:
+    """Layers whose keys and values together are larger than the L2."""
+    return max(2, -(-COLD_BYTES // (2 * tokens * n_head * HEAD_DIM * dtype.itemsize)))
+
+
+def row(floor: float, steps: dict[str, Step], layers: int, **shape: Any) -> list[dict[str, Any]]:
+    """Times a layer of every contender, printed and as rows. floor: seconds a layer at the roofline."""
+    times = {name: quantiles([s / layers for s in replay_times(step)]) for name, step in steps.items()}
+    rows = []
+    for name, time in times.items():
+        described = ", ".join(f"{key} {value}" for key, value in shape.items())
+        share = floor / time["p50"]
+        print(f"{described}: {name:6} {1e6 * time['p50']:8.2f} us, {100 * share:5.1f} % of roofline")
+        rows.append({
+            **shape, "contender": name, "unit": "s a layer", **time, "share_of_roofline": share,
+            "speed_of_sdpa": times["sdpa"]["p50"] / time["p50"],
+        })  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -79,30 +106,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    require_gpu()
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s")
-    rows = []
+    decode, prefill = [], []
     for dtype in (torch.bfloat16, torch.float32):
+        rate, name = matmul_rate(dtype), str(dtype).removeprefix("torch.")
         for n_head in (12, 16):
+            token_bytes = n_head * HEAD_DIM * dtype.itemsize
             for batch, keys in SHAPES:
-                ours, sdpa, size = figures(batch, keys, n_head, dtype)
-                time = quantiles(ours)
-                peer = quantiles(sdpa)["p50"]
-                share = size / time["p50"] / copy
-                name = str(dtype).removeprefix("torch.")
-                print(
-                    f"{name:9} {n_head} heads, batch {batch:2}, {keys:4} keys: "
-                    f"{1e6 * time['p50']:7.2f} us a layer, "
-                    f"{100 * share:5.1f} % of copy bandwidth, SDPA {1e6 * peer:7.2f} us"
-                )
-                rows.append({
-                    "dtype": name, "n_head": n_head, "batch": batch, "keys": keys, "unit": "s a layer", **time,
-                    "sdpa": peer, "share_of_copy_bandwidth": share,
-                })  # fmt: skip
+                steps = decode_steps(batch, keys, n_head, dtype, "cuda")
+                floor = 2 * batch * keys * token_bytes / copy
+                layers = layers_for(batch * keys, n_head, dtype)
+                decode += row(floor, steps, layers, dtype=name, n_head=n_head, batch=batch, keys=keys)
+            for tokens in PROMPTS:
+                steps = prefill_steps(tokens, n_head, dtype, "cuda")
+                moved = 6 * tokens * token_bytes / copy  # q, k, v read, k, v and the result written
+                floor = max(moved, 2 * tokens * (tokens + 1) * n_head * HEAD_DIM / rate)
+                layers = layers_for(tokens, n_head, dtype)
+                prefill += row(floor, steps, layers, dtype=name, n_head=n_head, tokens=tokens)
     if not options.no_rows:
-        print(f"rows appended to {append_rows('paged_kv_cuda', rows)}")
+        print(f"rows appended to {append_rows('paged_kv_cuda', decode)}")
+        print(f"rows appended to {append_rows('paged_prefill', prefill)}")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
             return GPUTarget("cuda", arch, 32)
 
         def get_current_device(self) -> int:
-            return 0
+            return arch  # a device each: Triton keeps what it compiled by device
 
         def get_current_stream(self, device: int = 0) -> int:
             return 0

@@ -59,4 +59,5 @@ def assume(target: Target) -> Iterator[None]:
 def _cuda_target(index: int | None) -> Target:
     properties = torch.cuda.get_device_properties(index)
     arch = 10 * properties.major + properties.minor
-    return Target(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 65_536)  # ROCm does not tell
+    return Target(arch, properties.multi_processor_count, shared_memory)

@@ -14,6 +14,7 @@ from peers import encodec_model
 
 from bark_fast.config import GPTConfig
 from bark_fast.engine.kv_pool import KVPool
+from bark_fast.ops.embedding import NO_TOKEN
 
 TOLERANCE = 1e-5  # absolute, on logits whose standard deviation is about 2
 
@@ -24,10 +25,13 @@ def logits_of(gpt, ids, merged=None, cuts=(), shift=0):
     handle = pool.pool.create()
     with torch.inference_mode():
         for start, stop in pairwise([0, *cuts, len(ids)]):
-            extra = [(0, torch.tensor(merged))] if merged is not None and start == 0 else []
-            x = gpt.embed(torch.tensor(ids[start:stop]), extra)
+            extra = None
+            if merged is not None:
+                padded = np.append(merged, np.full(len(ids) - len(merged), NO_TOKEN))
+                extra = torch.tensor(padded[start:stop])
             batch = pool.reserve([handle], [stop - start])
-            hidden = gpt(x, torch.arange(start, stop) + shift, partial(pool.attend, batch))
+            positions = torch.arange(start, stop) + shift
+            hidden = gpt(torch.tensor(ids[start:stop]), positions, partial(pool.attend, batch), extra)
         return gpt.logits(hidden[-1:], 0, gpt.config.output_vocab_size)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bark_fast.config import GPTConfig
 from bark_fast.engine.page_pool import make_pool
 from bark_fast.ops import paged_kv
-from bark_fast.ops import reference as ops
+from bark_fast.ops.attention import attention
 
 PAGE_SIZE = 16
 MAX_PAGED_QUERIES = 8
@@ -107,7 +107,7 @@ class KVPool:
                 table = batch.block_tables[index]
                 key, value = (paged_kv.gather_kv(pages, table, total) for pages in (keys, values))
             # SDPA's fast paths want a batch dimension
-            seen = ops.attention(fresh[:, 0].transpose(0, 1)[None], key[None], value[None], causal=True)
+            seen = attention(fresh[:, 0].transpose(0, 1)[None], key[None], value[None], causal=True)
             out[row : row + count] = seen[0].transpose(0, 1).reshape(count, -1)
             row += count
         return out

@@ -18,6 +18,7 @@ from bark_fast.errors import GenerationError
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
+from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN, sample, sample_codes
 from bark_fast.work import FinePass, FloatArray, IntArray, Vocode
@@ -93,15 +94,15 @@ class EagerRunner:
         ids: list[int] = []
         positions: list[int] = []
         last: list[int] = []
-        merged: list[tuple[int, Tensor]] = []
+        extra: list[int] = []
         for seq in batch:
-            if seq.merged is not None and len(seq.cached) < len(seq.merged):
-                merged.append((len(ids), self._tensor(seq.merged[len(seq.cached) :])))
+            extra += seq.extra_feed()
             ids += seq.feed
             positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
             last.append(len(ids) - 1)
-        x = gpt.embed(torch.tensor(ids, device=self.device), merged)
-        hidden = gpt(x, torch.tensor(positions, device=self.device), partial(pool.attend, reserved))
+        merged = None if max(extra) == NO_TOKEN else self._integers(extra)
+        attend = partial(pool.attend, reserved)
+        hidden = gpt(self._integers(ids), self._integers(positions), attend, merged)
         drawn = self._draw(gpt, hidden if len(ids) == len(batch) else hidden[last], batch)
         tokens: list[int | None] = [None] * len(sequences)
         for row, token in zip(running, drawn, strict=True):
@@ -167,6 +168,9 @@ class EagerRunner:
     def vocode(self, work: Vocode) -> FloatArray:
         samples: FloatArray = self.codec(self._tensor(work.codes)).float().cpu().numpy()
         return samples
+
+    def _integers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     def _tensor(self, array: IntArray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -8,6 +8,7 @@ import numpy as np
 
 from bark_fast.engine.kv_pool import KVPool
 from bark_fast.errors import GenerationError
+from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN
 from bark_fast.work import Decode, Decoded, IntArray
@@ -69,6 +70,12 @@ class Sequence:
         """Whether `other` is about to feed tokens that this sequence could share afterwards."""
         theirs, mine = other.cached + other.feed, self.cached + self.feed
         return same_ids(self.merged, other.merged) and common_prefix(theirs, mine[:-1]) > len(self.cached)
+
+    def extra_feed(self) -> list[int]:
+        """For each token of `feed`, the one whose embedding is added to it, or `NO_TOKEN`."""
+        start = len(self.cached)
+        extra = [] if self.merged is None else self.merged[start : start + len(self.feed)].tolist()
+        return extra + [NO_TOKEN] * (len(self.feed) - len(extra))
 
     @property
     def starting(self) -> bool:

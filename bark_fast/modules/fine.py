@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from bark_fast.config import FineConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
 from bark_fast.ops import reference as ops
+from bark_fast.ops.attention import attention
+from bark_fast.ops.embedding import embed_codes
 
 
 class FineGPT(nn.Module):
@@ -35,10 +37,8 @@ class FineGPT(nn.Module):
         codes: (batch, time, n_codes_total); codebooks 0..codebook are embedded and summed, the predicted one
         included: it holds the pad code, or an earlier window's prediction.
         """
-        x: Tensor = self.wtes[0](codes[..., 0])
-        for index in range(1, codebook + 1):
-            x = x + self.wtes[index](codes[..., index])
-        x = x + self.wpe.weight[: codes.shape[1]]
+        tables: list[Tensor] = [wte.get_parameter("weight") for wte in self.wtes[: codebook + 1]]
+        x = embed_codes(codes, tables, self.wpe.weight)
         for layer in self.layers:
             x = layer(x, self._attend)
         return x
@@ -53,5 +53,5 @@ class FineGPT(nn.Module):
         batch, time, _ = qkv.shape
         heads, head_dim = self.config.n_head, self.config.head_dim
         query, key, value = qkv.view(batch, time, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        seen = ops.attention(query, key, value, causal=False)
+        seen = attention(query, key, value, causal=False)
         return seen.transpose(1, 2).reshape(batch, time, heads * head_dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from bark_fast.config import GPTConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
 from bark_fast.ops import reference as ops
+from bark_fast.ops.embedding import embed
 
 
 class AttendLayer(Protocol):
@@ -36,22 +36,15 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.head = Linear(config.n_embd, config.output_vocab_size, bias=False)
 
-    def embed(self, ids: Tensor, merged: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
-        """Token embeddings (rows, n_embd) of ids (rows,).
-
-        merged: pairs (row, ids (m,)) whose embeddings are added to rows [row, row + m).
-        """
-        x: Tensor = self.wte(ids)
-        for row, extra in merged:
-            x[row : row + len(extra)] += self.wte(extra)
-        return x
-
-    def forward(self, x: Tensor, positions: Tensor, attend: AttendLayer) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: AttendLayer, extra_ids: Tensor | None = None
+    ) -> Tensor:
         """Hidden states (rows, n_embd) before the final norm.
 
-        x: token embeddings (rows, n_embd). positions: (rows,) int64.
+        ids, positions: (rows,) int64. extra_ids: (rows,) int64, tokens whose embeddings are added to those of
+        `ids`, `ops.embedding.NO_TOKEN` where there is none (Bark's semantic prompt sums text and history).
         """
-        x = x + self.wpe(positions)
+        x = embed(ids, positions, self.wte.weight, self.wpe.weight, extra_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, partial(attend, index))
         return x

@@ -34,6 +34,11 @@ def prefer(backend: Backend) -> Iterator[None]:
         _preferred.reset(token)
 
 
+def preferred() -> Backend:
+    """What `prefer` asked for here."""
+    return _preferred.get()
+
+
 def uses_triton(tensor: Tensor) -> bool:
     """Whether an operation on `tensor` runs Triton kernels."""
     preferred = _preferred.get()

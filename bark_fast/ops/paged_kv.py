@@ -4,9 +4,10 @@ K and V of one layer are tensors (num_pages, n_head, page_size, head_dim), conti
 float16 or bfloat16); page_size is 16, 32 or 64, head_dim 32, 64 or 128. A token's slot is page * page_size +
 offset. A sequence's row of a block table lists its pages in order; entries past its last token are not read.
 
-Called eagerly the functions go straight to the compiled extension (or, where it is missing, to the plain torch
-of `paged_kv_reference`); under torch.compile and other tracers to the operators `torch.ops.bark_fast.*`, which
-are registered with torch.library when this module is imported.
+Called eagerly the functions go straight to the compiled extension. Where it lacks the device, Triton runs on a
+GPU and the plain torch of `paged_kv_reference` elsewhere; `dispatch.prefer` forces either of them. Under
+torch.compile and other tracers they go to the operators `torch.ops.bark_fast.*`, which are registered with
+torch.library when this module is imported.
 
 Errors. On the CPU every argument is checked before anything is written: dtype, device, shape, strides, and each
 slot, length, row range and table entry that will be used; what is wrong raises ValueError with its name, value
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from bark_fast import extension
 from bark_fast.ops import paged_kv_reference as fallback
-from bark_fast.ops.dispatch import define, is_eager
+from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton
 
 MAX_PARTS = 32
 """Parts a context is split into at most on CUDA; `attention_scratch` has room for them."""
@@ -45,7 +46,7 @@ SCHEMAS = {
 
 @cache
 def compiled(cuda: bool) -> ModuleType | None:
-    """The extension, if it has these operations for the device; None means plain torch runs."""
+    """The extension, if it has these operations for the device; None means Triton or plain torch runs."""
     module = extension.load()
     if module is None or not hasattr(module, "paged_attention") or (cuda and not module.paged_kv_cuda):
         return None
@@ -143,14 +144,24 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
         torch.ops.bark_fast.swap_pages(source, destination, pairs)
 
 
+def _extension(tensor: Tensor) -> ModuleType | None:
+    return compiled(tensor.is_cuda) if preferred() == "auto" else None
+
+
 def _stream(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream) if tensor.is_cuda else 0
 
 
 def _append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    module = compiled(k_pages.is_cuda)
+    module = _extension(k_pages)
     if module is None:
-        return fallback.append_kv(qkv, k_pages, v_pages, slots)
+        if not uses_triton(k_pages):
+            return fallback.append_kv(qkv, k_pages, v_pages, slots)
+        from bark_fast.kernels import paged_kv as kernels
+
+        fallback.check_append(qkv, k_pages, v_pages, slots)
+        kernels.append_kv(qkv, k_pages, v_pages, slots)
+        return None
     module.append_kv(qkv, k_pages, v_pages, slots, torch.get_num_threads(), _stream(k_pages))
     return None
 
@@ -167,34 +178,52 @@ def _paged_attention(
     partials: Tensor | None = None,
     counters: Tensor | None = None,
 ) -> None:
-    module = compiled(k_pages.is_cuda)
+    module = _extension(k_pages)
     arguments = (query, k_pages, v_pages, block_table, lengths, query_starts, out, scale)
     if module is None:
-        return fallback.paged_attention(*arguments)
+        if not uses_triton(k_pages):
+            return fallback.paged_attention(*arguments)
+        from bark_fast.kernels import paged_kv as kernels
+
+        fallback.check_attention(*arguments[:-1])
+        kernels.paged_attention(*arguments, partials, counters)
+        return None
     module.paged_attention(*arguments, partials, counters, torch.get_num_threads(), _stream(k_pages))
     return None
 
 
 def _copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
-    module = compiled(k_pages.is_cuda)
+    module = _extension(k_pages)
     if module is None:
-        return fallback.copy_pages(k_pages, v_pages, pairs)
+        if not uses_triton(k_pages):
+            return fallback.copy_pages(k_pages, v_pages, pairs)
+        from bark_fast.kernels import paged_kv as kernels
+
+        fallback.check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+        kernels.copy_pages(k_pages, v_pages, pairs)
+        return None
     module.copy_pages(k_pages, v_pages, pairs, torch.get_num_threads(), _stream(k_pages))
     return None
 
 
 def _gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
-    module = compiled(pages.is_cuda)
+    module = _extension(pages)
     if module is None:
-        return fallback.gather_kv(pages, block_table, length, out)
+        if not uses_triton(pages):
+            return fallback.gather_kv(pages, block_table, length, out)
+        from bark_fast.kernels import paged_kv as kernels
+
+        fallback.check_gather(pages, block_table, length, out)
+        kernels.gather_kv(pages, block_table, length, out)
+        return None
     module.gather_kv(pages, block_table, length, out, torch.get_num_threads(), _stream(pages))
     return None
 
 
 def _swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     on_device = source if source.is_cuda else destination
-    module = compiled(on_device.is_cuda)
-    if module is None:
+    module = _extension(on_device)
+    if module is None:  # copies between memories are torch's work on every backend
         return fallback.swap_pages(source, destination, pairs)
     module.swap_pages(source, destination, pairs, torch.get_num_threads(), _stream(on_device))
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bark_fast.ops import reference
+from bark_fast.ops import attention
 
 
 def check_values(name: str, values: Tensor, low: int, high: int) -> None:
@@ -29,12 +29,18 @@ def check_match(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
-def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """See `paged_kv.append_kv`."""
-    num_pages, n_head, page_size, head_dim = k_pages.shape
+def check_append(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Raise ValueError unless dtypes and shapes fit one another."""
+    _, n_head, _, head_dim = k_pages.shape
     check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
     check_match("qkv", qkv, k_pages.dtype, (len(qkv), 3 * n_head * head_dim))
     check_match("slots", slots, torch.int64, (len(qkv),))
+
+
+def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """See `paged_kv.append_kv`."""
+    num_pages, n_head, page_size, head_dim = k_pages.shape
+    check_append(qkv, k_pages, v_pages, slots)
     check_values("slots", slots, -1, num_pages * page_size)
     rows = (slots >= 0).nonzero()[:, 0]
     page, offset = slots[rows] // page_size, slots[rows] % page_size
@@ -50,6 +56,39 @@ def gathered(pages: Tensor, table: Tensor, length: int) -> Tensor:
     return pages[used].transpose(0, 1).reshape(n_head, len(used) * page_size, head_dim)[:, :length]
 
 
+def check_attention(
+    query: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    out: Tensor,
+) -> None:
+    """Raise ValueError unless dtypes and shapes fit one another."""
+    _, n_head, _, head_dim = k_pages.shape
+    seqs, columns = block_table.shape
+    check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
+    check_match("query", query, k_pages.dtype, (len(query), n_head, head_dim))
+    check_match("out", out, k_pages.dtype, (len(query), n_head * head_dim))
+    check_match("block_table", block_table, torch.int32, (seqs, columns))
+    check_match("lengths", lengths, torch.int32, (seqs,))
+    check_match("query_starts", query_starts, torch.int32, (seqs + 1,))
+
+
+def check_tables(
+    num_pages: int, page_size: int, rows: int, block_table: Tensor, lengths: Tensor, query_starts: Tensor
+) -> tuple[list[int], list[int]]:
+    """Starts and lengths as numbers; ValueError unless they and the pages in use are in range."""
+    check_values("lengths", lengths, 0, block_table.shape[1] * page_size + 1)
+    starts, keys = query_starts.tolist(), lengths.tolist()
+    if starts[0] != 0 or starts[-1] != rows or starts != sorted(starts):
+        raise ValueError(f"query_starts is {starts}; expected 0 to {rows}, not decreasing")
+    for table, length in zip(block_table, keys, strict=True):
+        check_values("block_table", table[: -(-length // page_size)], 0, num_pages)
+    return starts, keys
+
+
 def paged_attention(
     query: Tensor,
     k_pages: Tensor,
@@ -61,20 +100,9 @@ def paged_attention(
     scale: float,
 ) -> None:
     """See `paged_kv.paged_attention`."""
-    num_pages, n_head, page_size, head_dim = k_pages.shape
-    seqs, columns = block_table.shape
-    check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
-    check_match("query", query, k_pages.dtype, (len(query), n_head, head_dim))
-    check_match("out", out, k_pages.dtype, (len(query), n_head * head_dim))
-    check_match("block_table", block_table, torch.int32, (seqs, columns))
-    check_match("lengths", lengths, torch.int32, (seqs,))
-    check_match("query_starts", query_starts, torch.int32, (seqs + 1,))
-    check_values("lengths", lengths, 0, columns * page_size + 1)
-    starts, keys = query_starts.tolist(), lengths.tolist()
-    if starts[0] != 0 or starts[-1] != len(query) or starts != sorted(starts):
-        raise ValueError(f"query_starts is {starts}; expected 0 to {len(query)}, not decreasing")
-    for table, length in zip(block_table, keys, strict=True):
-        check_values("block_table", table[: -(-length // page_size)], 0, num_pages)
+    num_pages, _, page_size, head_dim = k_pages.shape
+    check_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out)
+    starts, keys = check_tables(num_pages, page_size, len(query), block_table, lengths, query_starts)
     natural = head_dim**-0.5
     for seq, length in enumerate(keys):
         start, stop = starts[seq], starts[seq + 1]
@@ -83,7 +111,7 @@ def paged_attention(
         if start + blind < stop:
             key, value = (gathered(pages, block_table[seq], length) for pages in (k_pages, v_pages))
             rows = query[start + blind : stop].transpose(0, 1) * (scale / natural)
-            seen = reference.attention(rows[None], key[None], value[None], causal=True)[0]
+            seen = attention.reference(rows[None], key[None], value[None], causal=True)[0]
             out[start + blind : stop] = seen.transpose(0, 1).flatten(1)
 
 
@@ -96,13 +124,19 @@ def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
             pages[destination] = pages[source]
 
 
-def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
-    """See `paged_kv.gather_kv`."""
-    num_pages, n_head, page_size, head_dim = pages.shape
+def check_gather(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
+    """Raise ValueError unless the length is in range and dtypes and shapes fit one another."""
+    _, n_head, page_size, head_dim = pages.shape
     if not 0 <= length <= len(block_table) * page_size:
         raise ValueError(f"length is {length}; expected a value in [0, {len(block_table) * page_size}]")
+    check_match("block_table", block_table, torch.int32, (len(block_table),))
     check_match("out", out, pages.dtype, (n_head, length, head_dim))
-    check_values("block_table", block_table[: -(-length // page_size)], 0, num_pages)
+
+
+def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
+    """See `paged_kv.gather_kv`."""
+    check_gather(pages, block_table, length, out)
+    check_values("block_table", block_table[: -(-length // pages.shape[2])], 0, len(pages))
     out.copy_(gathered(pages, block_table, length))
 
 

@@ -1,0 +1,128 @@
+"""The feed-forward half of a layer on a GPU: x + proj(gelu(fc(LN(x)))), two launches at decode.
+
+python benchmarks/bench_mlp.py [--tune]. Measured as in bench_norm_linear.py, over copies of both weights.
+Target, H200, one row: at most 1.25 times the bytes of the weights over the measured copy bandwidth, and 3 us.
+--tune prints entries of fc and proj for TUNED in kernels/norm_linear.py.
+Not yet run anywhere: there was no GPU when it was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_norm_linear import COLD_BYTES, ROWS, best, entry, layers, matmul_rate
+from bench_paged_kv_cuda import copy_bandwidth, replay_times
+from harness import append_rows, quantiles
+from torch import Tensor
+
+from bark_fast.kernels.norm_linear import make_scratch
+from bark_fast.kernels.target import target_of
+from bark_fast.ops.dispatch import prefer
+from bark_fast.ops.mlp import layernorm_gelu_mlp
+
+Call = Callable[[Tensor, Tensor], Any]
+
+
+def target_seconds(width: int, dtype: torch.dtype, copy: float) -> float:
+    """What one row may take."""
+    return 1.25 * 8 * width * width * dtype.itemsize / copy + 3e-6
+
+
+def figures(
+    width: int,
+    rows: int,
+    dtype: torch.dtype,
+    device: str,
+    copy: float,
+    rate: float,
+    cold_bytes: int = COLD_BYTES,
+) -> list[dict[str, Any]]:
+    """Rows for the results: ours, ours with dependent launches, and the peers."""
+    size = 8 * width * width * dtype.itemsize
+    copies = max(2, -(-cold_bytes // size))
+    x = torch.randn(rows, width, device=device).to(dtype)
+    norm = torch.ones(width, dtype=dtype, device=device)
+    fc = torch.empty(copies, 4 * width, width, dtype=dtype, device=device).normal_(std=width**-0.5)
+    proj = torch.empty(copies, width, 4 * width, dtype=dtype, device=device).normal_(std=width**-0.5)
+    scratch = make_scratch(rows, 4 * width, torch.device(device))
+
+    def ours(pdl: bool) -> Call:
+        return lambda fc, proj: layernorm_gelu_mlp(
+            x, norm, None, fc, None, proj, None, scratch=scratch, pdl=pdl
+        )
+
+    def by_torch(fc: Tensor, proj: Tensor) -> Tensor:
+        return x + F.linear(F.gelu(F.linear(F.layer_norm(x, (width,), norm, None, 1e-5), fc)), proj)
+
+    calls: dict[str, Call] = {"bark_fast": ours(False)}
+    if target_of(x.device).arch >= 90 and rows <= 64:
+        calls["bark_fast pdl"] = ours(True)
+    calls["torch eager"] = by_torch
+    calls["torch.compile"] = torch.compile(by_torch, dynamic=False)
+    calls["cublas alone"] = lambda fc, proj: F.linear(F.linear(x, fc), proj)
+    found = []
+    for name, call in calls.items():
+
+        def all_copies(call: Call = call) -> None:
+            with prefer("triton"):
+                for pair in zip(fc.unbind(), proj.unbind(), strict=True):
+                    call(*pair)
+
+        time = quantiles([seconds / copies for seconds in replay_times(all_copies)])
+        bound = target_seconds(width, dtype, copy)
+        met = "" if rows > 1 or not name.startswith("bark_fast") else str(time["p50"] <= bound)
+        found.append({
+            "width": width, "rows": rows, "dtype": str(dtype).removeprefix("torch."), "backend": name,
+            "unit": "s", **time, "share_of_copy_bandwidth": size / time["p50"] / copy,
+            "share_of_matmul_rate": 16 * rows * width * width / time["p50"] / rate,
+            "target": bound if met else "", "target_met": met,
+        })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Measure both widths, or search for the tiles of fc and proj."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="Search for tiles instead.")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--width", type=int, nargs="+", default=(768, 1024))
+    parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
+    parser.add_argument("--no-rows", action="store_true", help="Print only.")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    shapes = [
+        (width, rows, getattr(torch, dtype))
+        for dtype in options.dtype for width in options.width for rows in options.rows
+    ]  # fmt: skip
+    if options.tune:
+        arch = target_of(torch.device("cuda", torch.cuda.current_device())).arch
+        for width, rows, dtype in shapes:
+            for layer in layers(width):
+                if layer.name in ("fc", "proj"):
+                    plan, time = best(layer, rows, dtype, "cuda")
+                    print(entry(arch, layer, rows, dtype, plan, time), flush=True)
+        return
+    copy = copy_bandwidth()
+    rates = {dtype: matmul_rate(dtype) for dtype in {dtype for _, _, dtype in shapes}}
+    print(f"copy bandwidth {copy / 1e12:.2f} TB/s, {rates}")
+    found = []
+    for width, rows, dtype in shapes:
+        torch.compiler.reset()
+        found += (new := figures(width, rows, dtype, "cuda", copy, rates[dtype]))
+        for row in new:
+            print(
+                f"{row['dtype']:9} width {width:4} rows {rows:5} {row['backend']:14} "
+                f"{1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
+                f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
+            )
+    if not options.no_rows:
+        print(f"rows appended to {append_rows('mlp', found)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Times on a GPU, and the two rates rooflines are drawn with: bytes copied and products summed a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import quantiles
+
+COLD_BYTES = 512 * 2**20
+"""Bytes a graph walks through so that each call finds the L2 cold; larger than any GPU's."""
+
+
+def require_gpu() -> None:
+    """End the program, with a reason, where no GPU is visible."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+
+
+def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
+    """Seconds of each replay of a graph of `call`, by CUDA events."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return times[5:]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a device-to-device copy of 2 GiB."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * len(source) / quantiles(replay_times(lambda: target.copy_(source)))["p50"]
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """Operations (two a product) a second of torch's square matrix product; float32 without TF32."""
+    left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        times = replay_times(lambda: torch.mm(left, right, out=out), 20)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * size**3 / quantiles(times)["p50"]

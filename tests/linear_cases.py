@@ -1,0 +1,83 @@
+"""Linear layers with everything that can stand around them, their definition in fp64, and what may differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton runs on CPU tensors only interpreted, where there is no GPU"
+)
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
+"""For tests on CPU tensors."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """act(LN(x) @ weight.T + bias) + residual; norm, bias and residual may be missing."""
+
+    x: Tensor
+    weight: Tensor
+    norm: tuple[Tensor, Tensor | None] | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    gelu: bool = False
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another dtype."""
+        changed = {name: t.to(dtype) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        if self.norm is not None:
+            weight, bias = self.norm
+            changed["norm"] = (weight.to(dtype), None if bias is None else bias.to(dtype))
+        return replace(self, **changed)
+
+    def by_torch(self, eps: float = 1e-5, approximate: str = "none") -> Tensor:
+        """In the dtype at hand, rounding after every operation; other arguments than the defaults are wrong."""
+        y = self.x
+        if self.norm is not None:
+            y = F.layer_norm(y, y.shape[-1:], *self.norm, eps)
+        y = F.linear(y, self.weight, self.bias)
+        if self.gelu:
+            y = F.gelu(y, approximate=approximate)
+        return y if self.residual is None else y + self.residual
+
+    def expected(self) -> Tensor:
+        """In fp64, from the same numbers."""
+        return self.to(torch.float64).by_torch()
+
+    def bound(self) -> float:
+        """Twice the error of torch in this dtype, and one rounding of the largest value."""
+        expected = self.expected()
+        floor = torch.finfo(self.x.dtype).eps * expected.abs().max().item()
+        return 2 * error(self.by_torch(), expected) + floor
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Largest difference."""
+    return (got.double() - expected).abs().max().item()
+
+
+def case(
+    rows: int, n: int, k: int, dtype: torch.dtype = torch.float32, device: str = "cpu", *,
+    norm: bool = True, norm_bias: bool = True, bias: bool = True, residual: bool = True, gelu: bool = True,
+) -> Case:  # fmt: skip
+    """Random numbers; x and residual have strided rows, weight is a slice of the rows of a larger one."""
+    random = torch.Generator().manual_seed(rows * 1_000_003 + n * 1009 + k)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(device, dtype)
+
+    pair = (1 + draw(k) / 4, draw(k) / 4 if norm_bias else None) if norm else None
+    return Case(
+        x=draw(rows, k + 16)[:, :k],
+        weight=(draw(n + 8, k) / k**0.5)[3 : n + 3],
+        norm=pair,
+        bias=draw(n) if bias else None,
+        residual=draw(rows, n + 16)[:, :n] if residual else None,
+        gelu=gelu,
+    )
