@@ -117,7 +117,7 @@ def _sample_kernel(
     # weight of the untempered row
     mass = temperature * 0.0 + 1.0
     if any_row(valid & ((hf & (greedy | eos_rule)) | ((hf == 0) & (top_p >= 0)))):
-        mass = tl.sum(tl.where(within, tl.exp(x - highest[:, None]), 0.0), axis=1)
+        mass = tl.sum(tl.exp(x - highest[:, None]), axis=1)  # columns outside hold -inf
     first = row.to(tl.int32) * 0
     lo = first + LOWEST_KEY
     last = first + LAST_INDEX
@@ -150,7 +150,8 @@ def _sample_kernel(
                 shelf = scratch + (row * CHUNK)[:, None]
                 remaining = count * 0
                 # read again, a part at a time: a scan of all of it would not fit into registers
-                for start in range(0, tl.max(count, axis=0), SCAN):
+                start = 0
+                while start < tl.max(count, axis=0):
                     at = start + tl.arange(0, SCAN)[None, :] + first[:, None]
                     present = (at < count[:, None]) & valid[:, None]
                     plain, tempered = _scores(window, at, present, temperature2, inverse2)
@@ -158,6 +159,7 @@ def _sample_kernel(
                     slot = remaining[:, None] + tl.cumsum(keep.to(tl.int32), axis=1) - 1
                     tl.store(shelf + slot, at, keep & (slot < CHUNK))
                     remaining += tl.sum(keep.to(tl.int32), axis=1)
+                    start += SCAN
                 tl.debug_barrier()  # other threads of this program read what these wrote
                 place = tl.arange(0, CHUNK)[None, :]
                 present = place < remaining[:, None]
@@ -177,14 +179,17 @@ def _sample_kernel(
     lo2, first2, last2 = lo[:, None], first[:, None], last[:, None]
     key0, key1, step32, stream, chunk = load_place(places, row, place_stride, live)
     words = (step32[:, None], stream[:, None], chunk[:, None], key0[:, None], key1[:, None])
-    for start in range(0, tl.max(remaining, axis=0), CHUNK):
+    start = 0
+    while start < tl.max(remaining, axis=0):
         at = start + tl.arange(0, CHUNK)[None, :] + row[:, None].to(tl.int32) * 0
         present = at < remaining[:, None]
         if gathered:
             at = tl.load(scratch + (row * CHUNK)[:, None] + at, present, 0)
         plain, tempered = _scores(window, at, present, temperature2, inverse2)
-        key = order_key(tl.where(hf[:, None], tempered, plain))
-        kept = present & (key > lo2) & ((key != lo2 + 1) | ((at >= first2) & (at <= last2)))
+        kept = present
+        if FILTERS:
+            key = order_key(tl.where(hf[:, None], tempered, plain))
+            kept = present & (key > lo2) & ((key != lo2 + 1) | ((at >= first2) & (at <= last2)))
         weight = tl.where(kept, tl.exp(tempered - top[:, None]), 0.0)
         drawn_mass += weight
         # equal log-probabilities tie in Hugging Face's greedy search, whatever the logits
@@ -200,6 +205,7 @@ def _sample_kernel(
         better = kept & (score > best)
         best = tl.where(better, score, best)
         best_at = tl.where(better, at, best_at)
+        start += CHUNK
     winner = tl.max(best, axis=1)
     token = tl.min(tl.where(best == winner[:, None], best_at, LAST_INDEX), axis=1)
     valid = valid & (token != LAST_INDEX)
@@ -212,11 +218,13 @@ def _sample_kernel(
     forced = hf & eos_rule & (tl.exp(eos_score - highest) / mass > min_eos_p)
     reaching = eos_rule & (hf == 0) & (greedy == 0)
     if any_row(reaching):
-        key = order_key(tl.where(eos_score == 0.0, 0.0, eos_score))
-        here = eos - low
-        kept = (key > lo) & ((key != lo + 1) | ((here >= first) & (here <= last)))
         likely = tl.exp(_divide(eos_score, temperature, inverse) - top) / tl.sum(drawn_mass, axis=1)
-        forced = forced | (reaching & kept & (likely >= min_eos_p))
+        reaching = reaching & (likely >= min_eos_p)
+        if FILTERS:
+            key = order_key(tl.where(eos_score == 0.0, 0.0, eos_score))
+            here = eos - low
+            reaching = reaching & (key > lo) & ((key != lo + 1) | ((here >= first) & (here <= last)))
+        forced = forced | reaching
     token = tl.where(forced, eos, token + low)
     tl.store(tokens + row, tl.where(valid, token, INVALID).to(tl.int64), live)
     tl.store(flag + row * 0, row.to(tl.int32) * 0 + 1, live & (valid == 0))
