@@ -129,14 +129,15 @@ def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.cons
         split = by_p & (ties > 1)
         if any_row(split):
             # target less what comes before the ties, in ties: so many more fit
-            earlier = ((key > lowest) != hf[:, None]) & (key != lowest)
+            flip = tl.where(hf, -1, 0)[:, None]  # ~ reverses the order of integers
+            earlier = (key ^ flip) > (lowest ^ flip)
             before = tl.sum(tl.where(earlier, weights(key, top), 0.0), axis=1)
             one = tl.exp(key_value(lo + 1) - top)
             fit = tl.floor((target - before) / tl.maximum(one, 1e-37))
             fitting = tl.where(hf, ties - fit, fit + 1)
             fitting = tl.minimum(tl.maximum(fitting, 1.0), ties)
             # the same search over indices
-            order = tl.where(tied, tl.where(hf[:, None], index, -index), LOWEST_KEY)
+            order = tl.where(tied, index * (-1 - 2 * flip), LOWEST_KEY)
             before_all = tl.where(hf, lo * 0 - 1, lo * 0 - FARTHEST)
             hi_index = tl.where(split, tl.max(order, axis=1), before_all + 1)
             edge, _ = search(order, top, before_all, hi_index, ties, fitting - 1, none, none, 0.0, False, T)
