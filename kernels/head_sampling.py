@@ -62,8 +62,9 @@ def _moments(x, row, live, x_stride, width, ROWS: tl.constexpr, STEPS: tl.conste
 def _head_sample_kernel(
     x, norm_weight, norm_bias, head, noise, rules, numbers, places, parts, counter, tokens, flag,
     rows, width, vocabulary, tiles, x_stride, head_stride, noise_stride, rule_stride, number_stride, place_stride,
-    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
-    TILE_K: tl.constexpr, STEPS_X: tl.constexpr, TILE_X: tl.constexpr, JOIN: tl.constexpr,
+    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    STEPS: tl.constexpr, TILE_K: tl.constexpr, STEPS_X: tl.constexpr, TILE_X: tl.constexpr,
+    JOIN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     row = tl.arange(0, ROWS).to(tl.int64)

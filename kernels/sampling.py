@@ -233,7 +233,8 @@ def _sample_kernel(
 def _launch(window: int, rows_a_program: int, chunk: int, filters: bool) -> tuple[int, int, int, int]:
     """Columns of the window tile and of the candidates' tile, thresholds a round, warps."""
     block = max(16, triton.next_power_of_2(window))
-    chunk = min(block, chunk)
+    # with all columns kept, two turns of fewer registers let more programs onto a processor
+    chunk = min(block, chunk) if filters else min(max(16, block // 2), chunk)
     return (
         block,
         chunk,
@@ -253,7 +254,7 @@ def sample(
     for row low + c; None draws from Philox at `places` (rows, 4) int64, and without places all rows must be
     greedy. rules, numbers: (rows, 9) int32 and (rows, 3) fp32, see `rule_layout`; row stride 0 shares one rule.
     window: the widest window of the rules. filters: False skips top-k and top-p, which no rule may then ask
-    for. scratch: (rows, chunk) int32.
+    for. scratch: (rows, chunk) int32, used where filters are on and the window is wider than a chunk.
     """
     assert logits.dim() == 2 and logits.stride(1) == 1 and 0 < window <= WIDEST
     assert 0 <= logits_low <= 2**30
@@ -275,6 +276,8 @@ def sample(
     flag = torch.zeros(1, dtype=torch.int32, device=logits.device) if flag is None else flag
     if filters and block > chunk and scratch is None:
         scratch = torch.empty(rows, chunk, dtype=torch.int32, device=logits.device)
+    if not filters or block <= chunk:
+        scratch = None
     assert scratch is None or (scratch.shape == (rows, chunk) and scratch.is_contiguous())
     assert tokens.is_contiguous() and tokens.dtype == torch.int64 and len(tokens) == rows
     if rows:

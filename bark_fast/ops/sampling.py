@@ -48,6 +48,7 @@ def sample_codes(logits: Tensor, noise: Tensor | None, temperature: float) -> Te
 def sample_rows(
     logits: Tensor, rules: RuleRows, places: Tensor | None = None, noise: Tensor | None = None,
     logits_low: int = 0, tokens: Tensor | None = None, flag: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Draw one token per row, each under its own rule, at its own step, from its own noise.
 
@@ -57,7 +58,9 @@ def sample_rows(
     to use instead, column c for row low + c of the head. Without places the step is 0; without either all rules
     are greedy. Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its
     window outside the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and
-    flag are made when not given. On a GPU this is one launch that reads nothing on the host.
+    flag are made when not given. On a GPU this is one launch that reads nothing on the host. scratch: (rows,
+    1024) int32 that a GPU writes candidates to where rules filter a window wider than that; made at each call
+    when not given, so a captured graph that is to allocate nothing is given tokens, flag, places and this.
     """
     if tokens is None:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -75,6 +78,7 @@ def sample_rows(
         rules.window,
         rules.filters,
         logits_low,
+        scratch,
     )
     return tokens
 
@@ -136,13 +140,13 @@ def _sample(logits: Tensor, noise: Tensor | None, rule: SamplingRule, eos_index:
 
 def _sample_rows(
     logits: Tensor, integers: Tensor, numbers: Tensor, places: Tensor | None, noise: Tensor | None,
-    tokens: Tensor, flag: Tensor, window: int, filters: bool, logits_low: int,
+    tokens: Tensor, flag: Tensor, window: int, filters: bool, logits_low: int, scratch: Tensor | None = None,
 ) -> None:  # fmt: skip
     if uses_triton(logits):
         from bark_fast.kernels import sampling as kernels
 
         kernels.sample(
-            logits, noise, integers, numbers, places, window, logits_low, filters, tokens=tokens, flag=flag
+            logits, noise, integers, numbers, places, window, logits_low, filters, tokens, flag, scratch
         )
         return
     at = [[0, 0, 0, 0]] * len(logits) if places is None else places.tolist()
@@ -250,7 +254,8 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 define(
     "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, "
-    "Tensor(a!) tokens, Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
+    "Tensor(a!) tokens, Tensor(b!) flag, int window, bool filters, int logits_low, "
+    "Tensor(c!)? scratch=None) -> ()",
     _sample_rows,
     lambda *arguments: None,
 )

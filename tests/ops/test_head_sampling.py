@@ -24,6 +24,13 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOW, HIGH, VOCABULARY = 30, 151, 200
 
 
+@pytest.fixture(autouse=True)
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """Triton runs on CPU tensors only interpreted, where there is no GPU."""
+    if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+        pytest.skip("Triton runs on CPU tensors only interpreted, where there is no GPU")
+
+
 def inputs(rows: int, width: int, bias: bool, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """x, norm weight and bias, head: slices of wider tensors, so that rows are strided."""
     generator = torch.Generator().manual_seed(rows * width)

@@ -17,6 +17,13 @@ kernels = pytest.importorskip("bark_fast.kernels.sampling")
 tl = triton.language
 
 
+@pytest.fixture(autouse=True)
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """Triton runs on CPU tensors only interpreted, where there is no GPU."""
+    if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+        pytest.skip("Triton runs on CPU tensors only interpreted, where there is no GPU")
+
+
 @triton.jit
 def _words_kernel(counters, out, key0, key1, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)

@@ -39,6 +39,13 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """Triton runs on CPU tensors only interpreted, where there is no GPU."""
+    if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
+        pytest.skip("Triton runs on CPU tensors only interpreted, where there is no GPU")
+
+
 def logits_of(count: int, width: int = WIDTH, seed: int = 0) -> Tensor:
     """Rows of many shapes: flat, peaked, quantised, one far ahead, all equal, masked columns, plain."""
     x = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
