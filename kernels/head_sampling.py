@@ -61,7 +61,8 @@ def _moments(x, row, live, x_stride, width, ROWS: tl.constexpr, STEPS: tl.conste
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _head_sample_kernel(
     x, norm_weight, norm_bias, head, noise, rules, numbers, places, parts, counter, tokens, flag,
-    rows, width, vocabulary, tiles, x_stride, head_stride, noise_stride, rule_stride, number_stride, place_stride,
+    rows, width, vocabulary, tiles,
+    x_stride, head_stride, noise_stride, rule_stride, number_stride, place_stride,
     NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     STEPS: tl.constexpr, TILE_K: tl.constexpr, STEPS_X: tl.constexpr, TILE_X: tl.constexpr,
     JOIN: tl.constexpr,
