@@ -1,10 +1,11 @@
-"""LayerNorm, the head's rows of one window, and a draw by temperature, in one launch: logits never reach memory.
+"""LayerNorm, the head's rows of one window, and a draw by temperature, in one launch: logits never reach
+memory.
 
-h = LayerNorm(x) * weight (+ bias), eps 1e-5, in fp32 and rounded to the head's dtype; logit c = head[low + c] . h,
-accumulated and kept in fp32; then what `sampling.py` does without top-k and top-p. For up to 16 rows, which share
-the window of row 0's step (a row of another window is invalid). A program takes a tile of the window for all rows,
-reading each weight once; it leaves highest logit, weight, best candidate and EOS logit of its tile, and the last
-program to arrive joins the tiles in their order and sets the counter back to zero.
+h = LayerNorm(x) * weight (+ bias), eps 1e-5, in fp32 and rounded to the head's dtype; logit c = head[low + c] .
+h, accumulated and kept in fp32; then what `sampling.py` does without top-k and top-p. For up to 16 rows, which
+share the window of row 0's step (a row of another window is invalid). A program takes a tile of the window for
+all rows, reading each weight once; it leaves highest logit, weight, best candidate and EOS logit of its tile,
+and the last program to arrive joins the tiles in their order and sets the counter back to zero.
 
 Hugging Face's greedy search takes the first of the highest logits here, where `ops.sampling` rounds them as
 log-probabilities first.
@@ -30,27 +31,41 @@ HIGHEST, MASS, BEST, EOS_LOGIT = (tl.constexpr(column) for column in range(4))
 PARTS = tl.constexpr(5)
 """Numbers a tile leaves a row: the four above, and the column of the best."""
 NOWHERE = tl.constexpr(2**31 - 1)
-TILE_K = 128
-"""Columns of the head read at once: 16 bytes of bf16 for each of 16 threads."""
+TILE_K = {1: 256, 16: 64}
+"""Columns of the head read at once for one row, and for more."""
+TILE_X = {1: 1024, 16: 256}
+"""Columns of x read at once for its moments: of all 16 rows, more would not fit into registers."""
+JOIN = {1: 256, 16: 64}
+"""Tiles the last program joins at once."""
 
 
 @triton.jit
-def _moments(x, row, live, x_stride, width, COLUMNS: tl.constexpr):
+def _moments(x, row, live, x_stride, width, ROWS: tl.constexpr, STEPS: tl.constexpr, TILE: tl.constexpr):
     """Mean and 1 / standard deviation of rows, fp32."""
-    column = tl.arange(0, COLUMNS)[None, :]
-    inside = live[:, None] & (column < width)
-    values = tl.load(x + row[:, None] * x_stride + column, inside, 0.0).to(tl.float32)
-    mean = tl.sum(values, axis=1) / width
-    centred = tl.where(inside, values - mean[:, None], 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + EPS)
+    column = tl.arange(0, TILE)[None, :]
+    rows = x + row[:, None] * x_stride + column
+    total = tl.zeros([ROWS, TILE], tl.float32)
+    for step in range(STEPS):
+        inside = live[:, None] & (step * TILE + column < width)
+        total += tl.load(rows + step * TILE, inside, 0.0).to(tl.float32)
+    mean = tl.sum(total, axis=1) / width
+    total = tl.zeros([ROWS, TILE], tl.float32)
+    for step in range(STEPS):
+        inside = live[:, None] & (step * TILE + column < width)
+        values = tl.load(rows + step * TILE, inside, 0.0).to(tl.float32)
+        centred = tl.where(inside, values - mean[:, None], 0.0)
+        total += centred * centred
+    return mean, 1.0 / tl.sqrt(tl.sum(total, axis=1) / width + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _head_sample_kernel(
     x, norm_weight, norm_bias, head, noise, rules, numbers, places, parts, counter, tokens, flag,
-    rows, width, vocabulary, x_stride, head_stride, noise_stride, rule_stride, number_stride, place_stride,
-    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    COLUMNS: tl.constexpr, TILE_K: tl.constexpr, JOIN: tl.constexpr,
+    rows, width, vocabulary, tiles,
+    x_stride, head_stride, noise_stride, rule_stride, number_stride, place_stride,
+    NOISE: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    STEPS: tl.constexpr, TILE_K: tl.constexpr, STEPS_X: tl.constexpr, TILE_X: tl.constexpr,
+    JOIN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     row = tl.arange(0, ROWS).to(tl.int64)
@@ -61,7 +76,7 @@ def _head_sample_kernel(
     high = tl.sum(tl.where(row == 0, highs, 0), axis=0)
     fits = (low >= 0) & (low <= high) & (high <= vocabulary)
     count = tl.where(fits, high - low, 0)
-    count = tl.where(count <= TILES * TILE, count, 0)
+    count = tl.where(count <= tiles * TILE, count, 0)
     shared = live & (lows == low) & (highs == high)
     rule = rules + row * rule_stride
     hf = tl.load(rule + DIALECT, live, 0) == 1
@@ -72,14 +87,14 @@ def _head_sample_kernel(
 
     column = tile * TILE + tl.arange(0, TILE)
     present = column < count
-    mean, scale = _moments(x, row, live, x_stride, width, COLUMNS)
+    mean, scale = _moments(x, row, live, x_stride, width, ROWS, STEPS_X, TILE_X)
     heads = head + (tl.where(count > 0, low, 0) + column).to(tl.int64)[:, None] * head_stride
     if ROWS == 1:
         total = tl.zeros([TILE, TILE_K], tl.float32)
     else:
         total = tl.zeros([ROWS, TILE], tl.float32)
-    for start in range(0, width, TILE_K):
-        at = start + tl.arange(0, TILE_K)
+    for step_k in range(STEPS):
+        at = step_k * TILE_K + tl.arange(0, TILE_K)
         within = at < width
         weight = tl.load(heads + at[None, :], present[:, None] & within[None, :], 0.0)
         values = tl.load(x + row[:, None] * x_stride + at[None, :], live[:, None] & within[None, :], 0.0)
@@ -127,7 +142,7 @@ def _head_sample_kernel(
     best_at = tl.min(tl.where(found, column[None, :], NOWHERE), axis=1)
     is_eos = present[None, :] & (low + column[None, :] == eos[:, None])
     eos_logit = tl.max(tl.where(is_eos, logits, float("-inf")), axis=1)
-    mine = parts + (row * TILES + tile) * PARTS
+    mine = parts + (row * tiles + tile) * PARTS
     tl.store(mine + HIGHEST, highest, live)
     tl.store(mine + MASS, mass, live)
     tl.store(mine + BEST, best, live)
@@ -135,32 +150,51 @@ def _head_sample_kernel(
     tl.store(mine + 4, best_at.to(tl.float32, bitcast=True), live)
     tl.debug_barrier()  # every thread's stores come before the one that announces them
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    if arrived == TILES - 1:
+    if arrived == tiles - 1:
         tl.store(counter, 0)
         tl.debug_barrier()
         part = tl.arange(0, JOIN)[None, :]
-        there = live[:, None] & (part < TILES)
-        theirs = parts + (row[:, None] * TILES + part) * PARTS
-        highests = tl.load(theirs + HIGHEST, there, float("-inf"), cache_modifier=".cg")
-        masses = tl.load(theirs + MASS, there, 0.0, cache_modifier=".cg")
-        bests = tl.load(theirs + BEST, there, float("-inf"), cache_modifier=".cg")
-        eos_logits = tl.load(theirs + EOS_LOGIT, there, float("-inf"), cache_modifier=".cg")
-        bests_at = tl.load(theirs + 4, there, 0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+        theirs = parts + (row[:, None] * tiles + part) * PARTS
+        highests = tl.full([ROWS, JOIN], float("-inf"), tl.float32)
+        start = 0
+        while start < tiles:
+            there = live[:, None] & (start + part < tiles)
+            others = tl.load(theirs + start * PARTS + HIGHEST, there, float("-inf"), cache_modifier=".cg")
+            highests = tl.maximum(highests, others)
+            start += JOIN
         top = tl.max(highests, axis=1)
         valid = shared & (tl.abs(top) < float("inf"))
         top = tl.where(valid, top, 0.0)
-        scaled = tl.exp((highests - top[:, None]) / temperature[:, None])
-        whole = tl.sum(masses * tl.where(hf[:, None], tl.exp(highests - top[:, None]), scaled), axis=1)
-        reached = highests > float("-inf")
-        bests = tl.where(greedy[:, None], bests, tl.where(reached, bests * scaled, float("-inf")))
+        whole = tl.zeros([ROWS, JOIN], tl.float32)
+        bests = tl.full([ROWS, JOIN], float("-inf"), tl.float32)
+        bests_at = tl.full([ROWS, JOIN], NOWHERE, tl.int32)
+        eos_logits = tl.full([ROWS, JOIN], float("-inf"), tl.float32)
+        start = 0
+        while start < tiles:
+            there = live[:, None] & (start + part < tiles)
+            here = theirs + start * PARTS
+            others = tl.load(here + HIGHEST, there, float("-inf"), cache_modifier=".cg")
+            masses = tl.load(here + MASS, there, 0.0, cache_modifier=".cg")
+            scores = tl.load(here + BEST, there, float("-inf"), cache_modifier=".cg")
+            eos_others = tl.load(here + EOS_LOGIT, there, float("-inf"), cache_modifier=".cg")
+            at = tl.load(here + 4, there, 0.0, cache_modifier=".cg").to(tl.int32, bitcast=True)
+            scaled = tl.exp((others - top[:, None]) / temperature[:, None])
+            whole += masses * tl.where(hf[:, None], tl.exp(others - top[:, None]), scaled)
+            scores = tl.where(greedy[:, None], scores, scores * scaled)
+            # a tile without a finite logit has no candidate
+            better = (others > float("-inf")) & (scores > bests)
+            bests = tl.where(better, scores, bests)
+            bests_at = tl.where(better, at, bests_at)
+            eos_logits = tl.maximum(eos_logits, eos_others)
+            start += JOIN
         winner = tl.max(bests, axis=1)
-        token = tl.min(tl.where(there & reached & (bests == winner[:, None]), bests_at, NOWHERE), axis=1)
+        token = tl.min(tl.where(bests == winner[:, None], bests_at, NOWHERE), axis=1)
         valid = valid & (token != NOWHERE)
         if NOISE == NO_NOISE:
             valid = valid & greedy
         min_eos_p = tl.load(numbers + row * number_stride + MIN_EOS_P, live, float("inf"))
         eos_top = (tl.max(eos_logits, axis=1) - top) / tl.where(hf, 1.0, temperature)
-        likely = tl.exp(eos_top) / whole
+        likely = tl.exp(eos_top) / tl.sum(whole, axis=1)
         forced = tl.where(hf, likely > min_eos_p, (likely >= min_eos_p) & (greedy == 0))
         forced = forced & (eos >= low) & (eos < high) & (min_eos_p < float("inf"))
         token = tl.where(forced, eos, token + low)
@@ -170,7 +204,7 @@ def _head_sample_kernel(
 
 def tiles(window: int, rows: int) -> tuple[int, int]:
     """Columns of a tile, and how many there are."""
-    tile = 16 if rows == 1 and window <= 4096 else 64
+    tile = 16 if rows == 1 else 64
     return tile, triton.cdiv(window, tile)
 
 
@@ -183,10 +217,11 @@ def head_scratch(window: int, rows: int, device: torch.device) -> tuple[Tensor, 
 
 def head_sample(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, noise: Tensor | None, rules: Tensor,
-    numbers: Tensor, places: Tensor | None, window: int, tokens: Tensor | None = None, flag: Tensor | None = None,
-    scratch: tuple[Tensor, Tensor] | None = None,
+    numbers: Tensor, places: Tensor | None, window: int, tokens: Tensor | None = None,
+    flag: Tensor | None = None, scratch: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Tokens (rows,) int64 and flag (1,) int32 of hidden states x (rows, width), as `sampling.sample` returns them.
+    """Tokens (rows,) int64 and flag (1,) int32 of hidden states x (rows, width), as `sampling.sample` returns
+    them.
 
     head: (vocabulary, width), row stride of its own. noise: (rows, window). Everything else as for
     `sampling.sample`, rules without top-k and top-p (they are not looked at). scratch: of `head_scratch`.
@@ -208,14 +243,16 @@ def head_sample(
     flag = torch.zeros(1, dtype=torch.int32, device=x.device) if flag is None else flag
     parts, counter = head_scratch(window, rows, x.device) if scratch is None else scratch
     tile, count = tiles(window, rows)
+    padded = 1 if rows == 1 else MAX_ROWS
     assert parts.shape == (rows, count, PARTS.value) and parts.is_contiguous()
     _head_sample_kernel[(count,)](
         x, norm_weight, norm_weight if norm_bias is None else norm_bias, head, x if noise is None else noise,
         rules, numbers, places, parts, counter, tokens, flag,
-        rows, width, len(head), x.stride(0), head.stride(0), 0 if noise is None else noise.stride(0),
+        rows, width, len(head), count, x.stride(0), head.stride(0), 0 if noise is None else noise.stride(0),
         rules.stride(0), numbers.stride(0), places.stride(0),
-        NOISE=kind.value, HAS_BIAS=norm_bias is not None, ROWS=1 if rows == 1 else 16, TILE=tile, TILES=count,
-        COLUMNS=triton.next_power_of_2(width), TILE_K=TILE_K, JOIN=triton.next_power_of_2(count),
-        num_warps=4, num_stages=3, **COMPILE,
+        NOISE=kind.value, HAS_BIAS=norm_bias is not None, ROWS=padded, TILE=tile,
+        STEPS=triton.cdiv(width, TILE_K[padded]), TILE_K=TILE_K[padded],
+        STEPS_X=triton.cdiv(width, TILE_X[padded]), TILE_X=TILE_X[padded], JOIN=JOIN[padded],
+        num_warps=4 if padded == 1 else 8, num_stages=3, **COMPILE,
     )  # fmt: skip
     return tokens, flag

@@ -1,8 +1,8 @@
 """Philox4x32-10 (Salmon et al., SC'11): the words, and the exponential variates, of `ops/noise.py`.
 
-Row j of a draw is lane j % 4 of the block at counter (j // 4, step, stream, chunk) under a 64-bit key, the seed. A
-32-bit word x becomes u = (x // 512 + 1/2) / 2^23, exact in fp32, and q = -log(u). Words and u are those of
-`ops.noise` bit for bit; q may differ from torch's by the last bits of the logarithm.
+Row j of a draw is lane j % 4 of the block at counter (j // 4, step, stream, chunk) under a 64-bit key, the
+seed. A 32-bit word x becomes u = (x // 512 + 1/2) / 2^23, exact in fp32, and q = -log(u). Words and u are those
+of `ops.noise` bit for bit; q may differ from torch's by the last bits of the logarithm.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def load_place(places, row, row_stride, inside):
 
 @triton.jit
 def philox_words(block, step, stream, chunk, key0, key1):
-    """Four uint32 words of the counter (block, step, stream, chunk); arguments uint32 of shapes that broadcast."""
+    """Four uint32 words of the counter (block, step, stream, chunk); arguments uint32 of shapes that
+    broadcast."""
     zero = block * 0
     c0, c1, c2, c3 = block, step + zero, stream + zero, chunk + zero
     for _ in tl.static_range(10):
@@ -62,7 +63,8 @@ def exponential_of(word):
 
 @triton.jit
 def exponential_run(first, step, stream, chunk, key0, key1, COUNT: tl.constexpr):
-    """Variates of rows [first, first + COUNT), first a multiple of 4; place words (ROWS, 1) -> (ROWS, COUNT)."""
+    """Variates of rows [first, first + COUNT), first a multiple of 4; place words (ROWS, 1) -> (ROWS,
+    COUNT)."""
     block = (first // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)[None, :] + step * 0
     w0, w1, w2, w3 = philox_words(block, step, stream, chunk, key0, key1)
     return exponential_of(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))

@@ -34,8 +34,8 @@ class RuleInt(IntEnum):
 class RuleFloat(IntEnum):
     """Columns of the fp32 part.
 
-    TOP_P: what each dialect compares with: top_p itself for suno (mass before a token), 1 - top_p for Hugging Face
-    (mass up to a token, from below).
+    TOP_P: what each dialect compares with: top_p itself for suno (mass before a token), 1 - top_p for Hugging
+    Face (mass up to a token, from below).
     """
 
     TEMPERATURE = 0

@@ -1,12 +1,14 @@
 """From logits to a token in one launch, every row under a rule of its own, in either dialect.
 
 Per row: the window of its step, NaN check, EOS rule, top-k, top-p, temperature, argmax(p / q), in the order of
-`ops/sampling.py`. Logits fp32, fp16 or bf16, (rows, width) with a row stride; everything is computed in fp32.
-q is given, or drawn from Philox (`philox.py`). Rules and places lie in device memory (`rule_layout.py`), so a
-captured graph serves any mix of sequences. Whatever rules and places hold, nothing outside the tensors is touched.
+`ops/sampling.py`. Logits fp32, fp16 or bf16, (rows, width) with a row stride; everything is computed in fp32. q
+is given, or drawn from Philox (`philox.py`). Rules and places lie in device memory (`rule_layout.py`), so a
+captured graph serves any mix of sequences. Whatever rules and places hold, nothing outside the tensors is
+touched.
 
-A row wider than `CHUNK` with a filter is narrowed to at most CHUNK candidates by bisection over registers, these are
-written to scratch, and all else happens on them; a filter that keeps more works on the whole row, slower.
+A row wider than `CHUNK` with a filter is narrowed to at most CHUNK candidates by bisection over registers,
+these are written to scratch, and all else happens on them; a filter that keeps more works on the whole row,
+slower.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ def _sample_kernel(
     # weight of the untempered row
     mass = temperature * 0.0 + 1.0
     if any_row(valid & ((hf & (greedy | eos_rule)) | ((hf == 0) & (top_p >= 0)))):
-        mass = tl.sum(tl.where(within, tl.exp(x - highest[:, None]), 0.0), axis=1)
+        mass = tl.sum(tl.exp(x - highest[:, None]), axis=1)  # columns outside hold -inf
     first = row.to(tl.int32) * 0
     lo = first + LOWEST_KEY
     last = first + LAST_INDEX
@@ -148,7 +150,8 @@ def _sample_kernel(
                 shelf = scratch + (row * CHUNK)[:, None]
                 remaining = count * 0
                 # read again, a part at a time: a scan of all of it would not fit into registers
-                for start in range(0, tl.max(count, axis=0), SCAN):
+                start = 0
+                while start < tl.max(count, axis=0):
                     at = start + tl.arange(0, SCAN)[None, :] + first[:, None]
                     present = (at < count[:, None]) & valid[:, None]
                     plain, tempered = _scores(window, at, present, temperature2, inverse2)
@@ -156,6 +159,7 @@ def _sample_kernel(
                     slot = remaining[:, None] + tl.cumsum(keep.to(tl.int32), axis=1) - 1
                     tl.store(shelf + slot, at, keep & (slot < CHUNK))
                     remaining += tl.sum(keep.to(tl.int32), axis=1)
+                    start += SCAN
                 tl.debug_barrier()  # other threads of this program read what these wrote
                 place = tl.arange(0, CHUNK)[None, :]
                 present = place < remaining[:, None]
@@ -175,14 +179,17 @@ def _sample_kernel(
     lo2, first2, last2 = lo[:, None], first[:, None], last[:, None]
     key0, key1, step32, stream, chunk = load_place(places, row, place_stride, live)
     words = (step32[:, None], stream[:, None], chunk[:, None], key0[:, None], key1[:, None])
-    for start in range(0, tl.max(remaining, axis=0), CHUNK):
+    start = 0
+    while start < tl.max(remaining, axis=0):
         at = start + tl.arange(0, CHUNK)[None, :] + row[:, None].to(tl.int32) * 0
         present = at < remaining[:, None]
         if gathered:
             at = tl.load(scratch + (row * CHUNK)[:, None] + at, present, 0)
         plain, tempered = _scores(window, at, present, temperature2, inverse2)
-        key = order_key(tl.where(hf[:, None], tempered, plain))
-        kept = present & (key > lo2) & ((key != lo2 + 1) | ((at >= first2) & (at <= last2)))
+        kept = present
+        if FILTERS:
+            key = order_key(tl.where(hf[:, None], tempered, plain))
+            kept = present & (key > lo2) & ((key != lo2 + 1) | ((at >= first2) & (at <= last2)))
         weight = tl.where(kept, tl.exp(tempered - top[:, None]), 0.0)
         drawn_mass += weight
         # equal log-probabilities tie in Hugging Face's greedy search, whatever the logits
@@ -198,6 +205,7 @@ def _sample_kernel(
         better = kept & (score > best)
         best = tl.where(better, score, best)
         best_at = tl.where(better, at, best_at)
+        start += CHUNK
     winner = tl.max(best, axis=1)
     token = tl.min(tl.where(best == winner[:, None], best_at, LAST_INDEX), axis=1)
     valid = valid & (token != LAST_INDEX)
@@ -210,21 +218,29 @@ def _sample_kernel(
     forced = hf & eos_rule & (tl.exp(eos_score - highest) / mass > min_eos_p)
     reaching = eos_rule & (hf == 0) & (greedy == 0)
     if any_row(reaching):
-        key = order_key(tl.where(eos_score == 0.0, 0.0, eos_score))
-        here = eos - low
-        kept = (key > lo) & ((key != lo + 1) | ((here >= first) & (here <= last)))
         likely = tl.exp(_divide(eos_score, temperature, inverse) - top) / tl.sum(drawn_mass, axis=1)
-        forced = forced | (reaching & kept & (likely >= min_eos_p))
+        reaching = reaching & (likely >= min_eos_p)
+        if FILTERS:
+            key = order_key(tl.where(eos_score == 0.0, 0.0, eos_score))
+            here = eos - low
+            reaching = reaching & (key > lo) & ((key != lo + 1) | ((here >= first) & (here <= last)))
+        forced = forced | reaching
     token = tl.where(forced, eos, token + low)
     tl.store(tokens + row, tl.where(valid, token, INVALID).to(tl.int64), live)
     tl.store(flag + row * 0, row.to(tl.int32) * 0 + 1, live & (valid == 0))
 
 
-def _launch(window: int, rows_a_program: int, chunk: int) -> tuple[int, int, int, int]:
+def _launch(window: int, rows_a_program: int, chunk: int, filters: bool) -> tuple[int, int, int, int]:
     """Columns of the window tile and of the candidates' tile, thresholds a round, warps."""
     block = max(16, triton.next_power_of_2(window))
-    chunk = min(block, chunk)
-    return block, chunk, 8 if chunk >= 256 else 4, max(1, min(16, rows_a_program * block // 128))
+    # with all columns kept, two turns of fewer registers let more programs onto a processor
+    chunk = min(block, chunk) if filters else min(max(16, block // 2), chunk)
+    return (
+        block,
+        chunk,
+        8 if chunk >= 256 else 4,
+        max(1, min(16 if filters else 8, rows_a_program * block // 128)),
+    )
 
 
 def sample(
@@ -234,11 +250,11 @@ def sample(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tokens (rows,) int64, rows of the head; -1 for an invalid row. flag (1,) int32 is set to 1 if any is.
 
-    logits: (rows, width), column c is row logits_low + c of the head. noise: (rows, window) Exp(1), column c for
-    row low + c; None draws from Philox at `places` (rows, 4) int64, and without places all rows must be greedy.
-    rules, numbers: (rows, 9) int32 and (rows, 3) fp32, see `rule_layout`; row stride 0 shares one rule. window: the
-    widest window of the rules. filters: False skips top-k and top-p, which no rule may then ask for. scratch:
-    (rows, chunk) int32.
+    logits: (rows, width), column c is row logits_low + c of the head. noise: (rows, window) Exp(1), column c
+    for row low + c; None draws from Philox at `places` (rows, 4) int64, and without places all rows must be
+    greedy. rules, numbers: (rows, 9) int32 and (rows, 3) fp32, see `rule_layout`; row stride 0 shares one rule.
+    window: the widest window of the rules. filters: False skips top-k and top-p, which no rule may then ask
+    for. scratch: (rows, chunk) int32, used where filters are on and the window is wider than a chunk.
     """
     assert logits.dim() == 2 and logits.stride(1) == 1 and 0 < window <= WIDEST
     assert 0 <= logits_low <= 2**30
@@ -255,11 +271,13 @@ def sample(
     if places is None:
         places = torch.zeros(1, 4, dtype=torch.int64, device=logits.device).expand(rows, 4)
     assert places.dtype == torch.int64 and places.shape == (rows, 4) and places.stride(1) == 1
-    block, chunk, thresholds, warps = _launch(window, rows_a_program, chunk)
+    block, chunk, thresholds, warps = _launch(window, rows_a_program, chunk, filters)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device) if tokens is None else tokens
     flag = torch.zeros(1, dtype=torch.int32, device=logits.device) if flag is None else flag
     if filters and block > chunk and scratch is None:
         scratch = torch.empty(rows, chunk, dtype=torch.int32, device=logits.device)
+    if not filters or block <= chunk:
+        scratch = None
     assert scratch is None or (scratch.shape == (rows, chunk) and scratch.is_contiguous())
     assert tokens.is_contiguous() and tokens.dtype == torch.int64 and len(tokens) == rows
     if rows:

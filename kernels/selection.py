@@ -1,8 +1,8 @@
 """Exact top-k and top-p without a sort: bisection on order-preserving integer keys.
 
-A cut is a key `lo` and a range of indices: kept is what lies above lo, and of those equal to lo + 1 (the lowest kept
-value) the ones whose index is in the range. Values are ordered by value, and among equal ones suno keeps the
-lowest indices, Hugging Face the highest, as a stable sort in each dialect's direction does.
+A cut is a key `lo` and a range of indices: kept is what lies above lo, and of those equal to lo + 1 (the lowest
+kept value) the ones whose index is in the range. Values are ordered by value, and among equal ones suno keeps
+the lowest indices, Hugging Face the highest, as a stable sort in each dialect's direction does.
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ def _thresholds(lo, hi, evenly_by_value, T: tl.constexpr):
 
 @triton.jit
 def search(key, top, lo, hi, number, target, by_mass, from_below, enough, MASS: tl.constexpr, T: tl.constexpr):
-    """Raise lo towards the smallest key t that holds: lo + 1 is t, or `number` (keys above lo) is at most `enough`.
+    """Raise lo towards the smallest key t that holds: lo + 1 is t, or `number` (keys above lo) is at most
+    `enough`.
 
     t holds when what lies above it counts at most `target`; by_mass, when its weight is at most that;
-    from_below, when the weight up to and including t exceeds it, weights being exp(value - top). key: (ROWS, N);
-    the rest (ROWS,), number, target and top fp32. MASS: whether any row may go by mass. hi is taken to hold; lo to fail, and number to be the count above it. A row
-    with hi = lo + 1 stays as it is. T thresholds are tried a round.
+    from_below, when the weight up to and including t exceeds it, weights being exp(value - top). key: (ROWS,
+    N); the rest (ROWS,), number, target and top fp32. MASS: whether any row may go by mass. hi is taken to
+    hold; lo to fail, and number to be the count above it. A row with hi = lo + 1 stays as it is. T thresholds
+    are tried a round.
     """
     key3 = key[:, :, None]
     above_hi = number * 0.0
@@ -98,11 +100,13 @@ def search(key, top, lo, hi, number, target, by_mass, from_below, enough, MASS: 
 
 @triton.jit
 def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.constexpr):
-    """Top-k, then top-p: (lo, first, last); kept are keys above lo, those equal to lo + 1 with first <= index <= last.
+    """Top-k, then top-p: (lo, first, last); kept are keys above lo, those equal to lo + 1 with first <= index
+    <= last.
 
-    key, index: (ROWS, N). top: the highest value, of weight 1. lo, number: all keys above lo are here, and so many.
-    top_k: 0 for none. top_p: as in `RuleFloat`, negative for none. mass: weight of the whole row, what suno's top_p
-    is a share of. dropped: weight of the keys up to lo, which Hugging Face's top_p counts first; 0 for suno.
+    key, index: (ROWS, N). top: the highest value, of weight 1. lo, number: all keys above lo are here, and so
+    many. top_k: 0 for none. top_p: as in `RuleFloat`, negative for none. mass: weight of the whole row, what
+    suno's top_p is a share of. dropped: weight of the keys up to lo, which Hugging Face's top_p counts first; 0
+    for suno.
     """
     highest = tl.max(key, axis=1)
     first = lo * 0
@@ -125,14 +129,15 @@ def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.cons
         split = by_p & (ties > 1)
         if any_row(split):
             # target less what comes before the ties, in ties: so many more fit
-            earlier = ((key > lowest) != hf[:, None]) & (key != lowest)
+            flip = tl.where(hf, -1, 0)[:, None]  # ~ reverses the order of integers
+            earlier = (key ^ flip) > (lowest ^ flip)
             before = tl.sum(tl.where(earlier, weights(key, top), 0.0), axis=1)
             one = tl.exp(key_value(lo + 1) - top)
             fit = tl.floor((target - before) / tl.maximum(one, 1e-37))
             fitting = tl.where(hf, ties - fit, fit + 1)
             fitting = tl.minimum(tl.maximum(fitting, 1.0), ties)
             # the same search over indices
-            order = tl.where(tied, tl.where(hf[:, None], index, -index), LOWEST_KEY)
+            order = tl.where(tied, index * (-1 - 2 * flip), LOWEST_KEY)
             before_all = tl.where(hf, lo * 0 - 1, lo * 0 - FARTHEST)
             hi_index = tl.where(split, tl.max(order, axis=1), before_all + 1)
             edge, _ = search(order, top, before_all, hi_index, ties, fitting - 1, none, none, 0.0, False, T)

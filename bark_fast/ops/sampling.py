@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bark_fast.errors import InvalidInput
 from bark_fast.ops.dispatch import define, is_eager, uses_triton
 from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.reference import layer_norm, linear
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, seed_of, unpack_rule
 from bark_fast.sampling import SamplingRule
 
@@ -46,16 +48,19 @@ def sample_codes(logits: Tensor, noise: Tensor | None, temperature: float) -> Te
 def sample_rows(
     logits: Tensor, rules: RuleRows, places: Tensor | None = None, noise: Tensor | None = None,
     logits_low: int = 0, tokens: Tensor | None = None, flag: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Draw one token per row, each under its own rule, at its own step, from its own noise.
 
-    logits: (rows, width), column c being row logits_low + c of the head; the window of a row's step is what of it
-    may be drawn, and must lie within. places: (rows, 4) int64, seed, step, stream and chunk, see `place_row`:
-    the step picks the window, all of it the noise of `PhiloxNoise`. noise: (rows, window) Exp(1) to use instead,
-    column c for row low + c of the head. Without places the step is 0; without either all rules are greedy.
-    Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its window outside
-    the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and flag are made when
-    not given. On a GPU this is one launch that reads nothing on the host.
+    logits: (rows, width), column c being row logits_low + c of the head; the window of a row's step is what of
+    it may be drawn, and must lie within. places: (rows, 4) int64, seed, step, stream and chunk, see
+    `place_row`: the step picks the window, all of it the noise of `PhiloxNoise`. noise: (rows, window) Exp(1)
+    to use instead, column c for row low + c of the head. Without places the step is 0; without either all rules
+    are greedy. Returns tokens (rows,) int64, rows of the head, `INVALID_TOKEN` where a row is invalid (or its
+    window outside the logits), and sets flag (1,) int32 to 1 if any is; it is never cleared here. tokens and
+    flag are made when not given. On a GPU this is one launch that reads nothing on the host. scratch: (rows,
+    1024) int32 that a GPU writes candidates to where rules filter a window wider than that; made at each call
+    when not given, so a captured graph that is to allocate nothing is given tokens, flag, places and this.
     """
     if tokens is None:
         tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -73,6 +78,43 @@ def sample_rows(
         rules.window,
         rules.filters,
         logits_low,
+        scratch,
+    )
+    return tokens
+
+
+def head_sample(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, rules: RuleRows,
+    places: Tensor | None = None, noise: Tensor | None = None, tokens: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`sample_rows` of the logits LayerNorm(x) @ head.T, for rules without top-k and top-p.
+
+    x: (rows, n_embd), at most 16 rows on a GPU, which must share a window there. head: (vocabulary, n_embd),
+    x's dtype. Logits are fp32 on a GPU, where only the window's rows of the head are read and nothing is
+    written but tokens; elsewhere they have x's dtype. The rest as for `sample_rows`.
+    """
+    if rules.filters:
+        raise InvalidInput(
+            "head_sample has no top-k and top-p; use sample_rows for rules that may ask for them"
+        )
+    if tokens is None:
+        tokens = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if flag is None:
+        flag = torch.zeros(1, dtype=torch.int32, device=x.device)
+    call = _head_sample if is_eager(x) else torch.ops.bark_fast.head_sample
+    call(
+        x,
+        norm_weight,
+        norm_bias,
+        head,
+        rules.integers,
+        rules.numbers,
+        places,
+        noise,
+        tokens,
+        flag,
+        rules.window,
     )
     return tokens
 
@@ -98,13 +140,13 @@ def _sample(logits: Tensor, noise: Tensor | None, rule: SamplingRule, eos_index:
 
 def _sample_rows(
     logits: Tensor, integers: Tensor, numbers: Tensor, places: Tensor | None, noise: Tensor | None,
-    tokens: Tensor, flag: Tensor, window: int, filters: bool, logits_low: int,
+    tokens: Tensor, flag: Tensor, window: int, filters: bool, logits_low: int, scratch: Tensor | None = None,
 ) -> None:  # fmt: skip
     if uses_triton(logits):
         from bark_fast.kernels import sampling as kernels
 
         kernels.sample(
-            logits, noise, integers, numbers, places, window, logits_low, filters, tokens=tokens, flag=flag
+            logits, noise, integers, numbers, places, window, logits_low, filters, tokens, flag, scratch
         )
         return
     at = [[0, 0, 0, 0]] * len(logits) if places is None else places.tolist()
@@ -121,6 +163,21 @@ def _sample_rows(
             token = int(_sample(scores, drawn, rule, eos))
         tokens[row] = token if token == INVALID_TOKEN else token + low
     flag |= (tokens == INVALID_TOKEN).any()
+
+
+def _head_sample(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, integers: Tensor, numbers: Tensor,
+    places: Tensor | None, noise: Tensor | None, tokens: Tensor, flag: Tensor, window: int,
+) -> None:  # fmt: skip
+    if uses_triton(x):
+        from bark_fast.kernels import head_sampling as kernels
+
+        kernels.head_sample(
+            x, norm_weight, norm_bias, head, noise, integers, numbers, places, window, tokens, flag
+        )
+        return
+    logits = linear(layer_norm(x, norm_weight, norm_bias), head)
+    _sample_rows(logits, integers, numbers, places, noise, tokens, flag, window, False, 0)
 
 
 def _exponential(places: Tensor, width: int) -> Tensor:
@@ -180,8 +237,9 @@ def _sample_hf(scores: Tensor, noise: Tensor | None, rule: SamplingRule, eos_ind
     if rule.top_k is not None:
         scores = _keep_top_k(scores, rule.top_k)
     if rule.top_p is not None and rule.top_p < 1.0:
-        # stable: among equal logits the highest index stays, as transformers' sort leaves it on a CPU
-        ordered, order = torch.sort(scores, dim=-1, stable=True)
+        # transformers' own call: which of equal logits stays is up to torch's sort (the kernel keeps the last
+        # ones, as a stable sort would)
+        ordered, order = torch.sort(scores, dim=-1)
         beyond = F.softmax(ordered, dim=-1).cumsum(dim=-1) <= 1 - rule.top_p
         beyond[..., -1] = False
         scores = scores.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
@@ -195,9 +253,16 @@ def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 
 define(
-    "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, "
-    "Tensor(b!) flag, int window, bool filters, int logits_low) -> ()",
+    "sample_rows(Tensor logits, Tensor integers, Tensor numbers, Tensor? places, Tensor? noise, "
+    "Tensor(a!) tokens, Tensor(b!) flag, int window, bool filters, int logits_low, "
+    "Tensor(c!)? scratch=None) -> ()",
     _sample_rows,
+    lambda *arguments: None,
+)
+define(
+    "head_sample(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor head, Tensor integers, "
+    "Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, Tensor(b!) flag, int window) -> ()",
+    _head_sample,
     lambda *arguments: None,
 )
 define(

@@ -1,4 +1,5 @@
-"""Sampling as the stages ask for it: the semantic head whole and in its window, coarse codebooks, fine codes."""
+"""Sampling as the stages ask for it: the semantic head whole and in its window, coarse codebooks, fine
+codes."""
 
 from __future__ import annotations
 

@@ -1,0 +1,133 @@
+"""Sampling on a GPU: one launch from logits to token, beside the torch reference, eager and compiled.
+
+python benchmarks/bench_sampling.py [--tune]. Each figure is one replay of a CUDA graph of `CALLS` calls on
+different logits. The target is 8 us for a row of 10,048 with top-k and top-p, at any batch up to 64. Not yet
+run anywhere: there was no GPU when it was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_timing import replay_times
+from harness import append_rows, quantiles
+from torch import Tensor
+
+from bark_fast.ops import sampling as ops
+from bark_fast.ops.dispatch import prefer
+from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
+from bark_fast.sampling import SamplingRule
+
+TARGET = 8e-6
+CALLS = 20
+BATCHES = (1, 8, 64)
+SEMANTIC, CODEBOOK = 10_048, 1_024
+RULES: dict[str, dict[str, Any]] = {
+    "top-k and top-p": {"top_k": 50, "top_p": 0.9, "temperature": 0.7},
+    "top-p": {"top_p": 0.9, "temperature": 0.7},
+    "temperature": {"temperature": 0.7},
+}
+
+
+def inputs(batch: int, width: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """Logits of `CALLS` steps and places."""
+    logits = [3 * torch.randn(batch, width, device=device) for _ in range(CALLS)]
+    places = torch.tensor([place_row(row, 0, 0, 0) for row in range(batch)], device=device)
+    return logits, places
+
+
+def kernel_calls(logits: list[Tensor], rows: RuleRows, places: Tensor) -> None:
+    """One launch a step."""
+    for step in logits:
+        ops.sample_rows(step, rows, places)
+
+
+def reference_calls(logits: list[Tensor], rule: SamplingRule, sample: Callable[..., Tensor]) -> None:
+    """The torch path with torch's own noise."""
+    with prefer("torch"):
+        for step in logits:
+            sample(step, torch.empty_like(step).exponential_(), rule, None)
+
+
+def measure(
+    batch: int, width: int, dialect: Any, name: str, timed: Callable[..., list[float]]
+) -> dict[str, Any]:
+    """Seconds a call of the kernel, the reference and the compiled reference."""
+    logits, places = inputs(batch, width, "cuda")
+    rule = SamplingRule(dialect, ((0, width),), width, **RULES[name])
+    rows = pack_rules([rule], "cuda").expand(batch)
+    compiled = torch.compile(ops.sample, dynamic=False)
+    calls = {
+        "ours": partial(kernel_calls, logits, rows, places),
+        "torch": partial(reference_calls, logits, rule, ops.sample),
+        "compiled": partial(reference_calls, logits, rule, compiled),
+    }
+    seconds = {who: quantiles([t / CALLS for t in timed(call)]) for who, call in calls.items()}
+    wanted = width == SEMANTIC and name == "top-k and top-p"
+    return {
+        "rule": name, "dialect": dialect, "batch": batch, "width": width, "unit": "s a call", **seconds["ours"],
+        "torch": seconds["torch"]["p50"], "compiled": seconds["compiled"]["p50"],
+        "target": TARGET if wanted else "",
+        "target_met": seconds["ours"]["p50"] <= TARGET if wanted else "",
+    }  # fmt: skip
+
+
+def tune(timed: Callable[..., list[float]], device: str = "cuda") -> None:
+    """Time chunks of candidates at the target's shape, best first."""
+    from bark_fast.kernels import sampling as kernels
+
+    logits, places = inputs(1, SEMANTIC, device)
+    rows = pack_rules([SamplingRule("suno", ((0, SEMANTIC),), SEMANTIC, **RULES["top-k and top-p"])], device)
+    found = []
+    for chunk in (256, 512, 1024, 2048):
+
+        def call(chunk: int = chunk) -> None:
+            for step in logits:
+                kernels.sample(step, None, rows.integers, rows.numbers, places, SEMANTIC, chunk=chunk)
+
+        found.append((quantiles(timed(call))["p50"] / CALLS, chunk))
+    for seconds, chunk in sorted(found):
+        print(f"chunk {chunk:5}: {1e6 * seconds:7.2f} us")
+
+
+def main() -> None:
+    """Measure all shapes and append their rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-rows", action="store_true", help="Print only.")
+    parser.add_argument("--tune", action="store_true", help="Try launch-table entries instead.")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    if options.tune:
+        tune(replay_times)
+        return
+    rows = []
+    for width in (SEMANTIC, CODEBOOK):
+        for batch in BATCHES:
+            for dialect in ("suno", "hf"):
+                for name in RULES:
+                    row = measure(batch, width, dialect, name, replay_times)
+                    rows.append(row)
+                    ours, torch_s, compiled = (1e6 * row[who] for who in ("p50", "torch", "compiled"))
+                    print(
+                        f"{width:6} columns, batch {batch:2}, {dialect:4} {name:16}: {ours:7.2f} us, "
+                        f"torch {torch_s:7.2f} us, compiled {compiled:7.2f} us"
+                    )
+    for batch in BATCHES:
+        places = inputs(batch, 1, "cuda")[1]
+        seconds = quantiles(replay_times(partial(ops.exponential, places, SEMANTIC)))
+        print(f"Philox noise, batch {batch:2}: {1e6 * seconds['p50']:7.2f} us")
+        rows.append({
+            "rule": "Philox noise", "dialect": "", "batch": batch, "width": SEMANTIC, "unit": "s a call",
+            **seconds, "torch": "", "compiled": "", "target": "", "target_met": "",
+        })  # fmt: skip
+    if not options.no_rows:
+        print(f"rows appended to {append_rows('sampling', rows)}")
+
+
+if __name__ == "__main__":
+    main()
