@@ -91,20 +91,19 @@ def test_tolerance_bites(rows: int) -> None:
         assert error(by_torch(x, fewer), expected) > bound
 
 
-def test_torch_keeps_the_bits_of_the_plain_module() -> None:
+def test_a_layer_on_torch_has_the_bits_of_plain_expressions() -> None:
     config = GPTConfig(n_layer=1, n_head=1, n_embd=64, input_vocab_size=8, output_vocab_size=8, bias=True)
     layer = Layer(config, norm_bias=True)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     with torch.no_grad():
-        x = torch.randn(2, 5, 64)
-        after_attention = x + layer.out(torch.zeros(2, 5, 64))
-        got = layernorm_gelu_mlp(
-            after_attention, layer.ln_2.weight, layer.ln_2.bias, layer.fc.weight, layer.fc.bias,
-            layer.proj.weight, layer.proj.bias,
-        )  # fmt: skip
-        assert torch.equal(got, layer(x, lambda qkv: torch.zeros(2, 5, 64)))
+        x, seen = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+        y = x + F.linear(seen, layer.out.weight, layer.out.bias)
+        normed = F.layer_norm(y, (64,), layer.ln_2.weight, layer.ln_2.bias)
+        hidden = F.gelu(F.linear(normed, layer.fc.weight, layer.fc.bias))
+        expected = y + F.linear(hidden, layer.proj.weight, layer.proj.bias)
+        assert torch.equal(layer(x, lambda qkv: seen), expected)
 
 
 def test_what_does_not_fit_is_named() -> None:
