@@ -88,6 +88,8 @@ class _Buffers:
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.integers = torch.zeros(rows, len(RuleInt), dtype=torch.int32, device=device)
         self.numbers = torch.zeros(rows, len(RuleFloat), dtype=torch.float32, device=device)
+        self.tokens = torch.empty(rows, dtype=torch.int64, device=device)
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,10 @@ class DecodeLoop:
         hidden = self.gpt(state.ids, state.positions, attend, scratch=buffers.scratch)
         logits = self.gpt.logits(hidden, shape.low, shape.high)
         rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
-        advance(state, sample_rows(logits, rules, state.places, logits_low=shape.low), PAGE_SIZE)
+        tokens = sample_rows(
+            logits, rules, state.places, logits_low=shape.low, tokens=buffers.tokens, flag=buffers.flag
+        )
+        advance(state, tokens, PAGE_SIZE)
 
     def _prepare(self, shape: _Shape) -> _Buffers:
         """The buffers for steps of this shape; the step is captured if that is still to be done."""
