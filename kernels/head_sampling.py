@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.philox import STEP, exponential_run, load_place
-from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.kernels.sampling import GIVEN, NO_NOISE, PHILOX, load_window
 from bark_fast.kernels.target import COMPILE
+from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, EOS = (tl.constexpr(int(c)) for c in (RuleInt.DIALECT, RuleInt.GREEDY, RuleInt.EOS))
 TEMPERATURE, MIN_EOS_P = (tl.constexpr(int(c)) for c in (RuleFloat.TEMPERATURE, RuleFloat.MIN_EOS_P))

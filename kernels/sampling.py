@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.philox import STEP, exponential_at, exponential_run, load_place
-from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.kernels.selection import (
     LAST_INDEX,
     LOWEST_KEY,
@@ -30,6 +29,7 @@ from bark_fast.kernels.selection import (
     weights,
 )  # fmt: skip
 from bark_fast.kernels.target import COMPILE
+from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, WINDOWS, LOW0, HIGH0, LOW1, HIGH1, EOS, TOP_K = (tl.constexpr(int(c)) for c in RuleInt)
 TEMPERATURE, TOP_P, MIN_EOS_P = (tl.constexpr(int(c)) for c in RuleFloat)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
-from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_state import DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.norm_linear import linear_scratch
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
+from bark_fast.rule_layout import RuleFloat, RuleInt
 
 BURST = 10
 """Steps between two looks of the host. A coarse window is 60 steps long."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bark_fast.errors import InvalidInput
-from bark_fast.kernels.rule_layout import NO_MIN_EOS_P, NO_TOP_P, RuleFloat, RuleInt
+from bark_fast.rule_layout import NO_MIN_EOS_P, NO_TOP_P, RuleFloat, RuleInt
 from bark_fast.sampling import DIALECTS, SamplingRule
 
 PLACE_COLUMNS = 4
@@ -20,7 +20,7 @@ PLACE_COLUMNS = 4
 class RuleRows:
     """Rules of a batch on its device.
 
-    integers: (rows, 9) int32, numbers: (rows, 3) fp32, see `kernels/rule_layout.py`. window: the widest window.
+    integers: (rows, 9) int32, numbers: (rows, 3) fp32, see `bark_fast/rule_layout.py`. window: the widest window.
     filters: whether any rule may have top_k or top_p. A graph runner keeps one of these for good and copies
     `rule_row` of whatever rule comes into its rows; window and filters are what it was captured for.
     """

@@ -10,7 +10,7 @@ import torch
 
 from bark_fast.kernels import head_sampling, philox
 from bark_fast.kernels import sampling as kernels
-from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
+from bark_fast.rule_layout import RuleFloat, RuleInt
 from production import DTYPES, WIDTHS, Launch
 
 SEMANTIC_HEAD, SEMANTIC_WINDOW, COARSE_HEAD, CODEBOOK = 10_048, 10_001, 12_096, 1_024

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bark_fast.kernels.rule_layout import RuleFloat, RuleInt
 from bark_fast.ops import sampling as ops
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row, rule_row, unpack_rule
 from bark_fast.ops.sampling import INVALID_TOKEN
+from bark_fast.rule_layout import RuleFloat, RuleInt
 from bark_fast.sampling import SamplingRule
 
 triton = pytest.importorskip("triton")
