@@ -20,7 +20,7 @@ PLACE_COLUMNS = 4
 class RuleRows:
     """Rules of a batch on its device.
 
-    integers: (rows, 9) int32, numbers: (rows, 3) fp32, see `bark_fast/rule_layout.py`. window: the widest window.
+    integers: (rows, 9) int32, numbers: (rows, 3) fp32, see `rule_layout.py`. window: the widest window.
     filters: whether any rule may have top_k or top_p. A graph runner keeps one of these for good and copies
     `rule_row` of whatever rule comes into its rows; window and filters are what it was captured for.
     """
