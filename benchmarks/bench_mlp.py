@@ -8,13 +8,12 @@ Not yet run anywhere: there was no GPU when it was written.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_norm_linear import COLD_BYTES, ROWS, best, entry, layers
+from bench_norm_linear import COLD_BYTES, best, entry, layers, measured, options_of
 from gpu_timing import copy_bandwidth, matmul_rate, replay_times
 from harness import append_rows, quantiles
 from torch import Tensor
@@ -86,15 +85,7 @@ def figures(
 
 def main() -> None:
     """Measure both widths, or search for the tiles of fc and proj."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="Search for tiles instead.")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--width", type=int, nargs="+", default=(768, 1024))
-    parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
-    parser.add_argument("--no-rows", action="store_true", help="Print only.")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    options = options_of(__doc__)
     shapes = [
         (width, rows, getattr(torch, dtype))
         for dtype in options.dtype for width in options.width for rows in options.rows
@@ -115,11 +106,7 @@ def main() -> None:
         torch.compiler.reset()
         found += (new := figures(width, rows, dtype, "cuda", copy, rates[dtype]))
         for row in new:
-            print(
-                f"{row['dtype']:9} width {width:4} rows {rows:5} {row['backend']:14} "
-                f"{1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
-                f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
-            )
+            print(f"{row['dtype']:9} width {width:4} rows {rows:5} {measured(row)}")
     if not options.no_rows:
         print(f"rows appended to {append_rows('mlp', found)}")
 

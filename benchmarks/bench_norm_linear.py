@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import copy_bandwidth, matmul_rate, replay_times
+from gpu_timing import copy_bandwidth, matmul_rate, replay_times, require_gpu
 from harness import append_rows, quantiles
 from torch import Tensor
 
@@ -189,17 +189,32 @@ def entry(arch: int, layer: Layer, rows: int, dtype: torch.dtype, plan: kernels.
     return f"    {key}: {written},  # {1e6 * time:.2f} us"
 
 
-def main() -> None:
-    """Measure all layers, or search for their tiles."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(description: str | None) -> argparse.Namespace:
+    """The command line of this benchmark and of the MLP's; ends the program where no GPU is visible."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tune", action="store_true", help="Search for tiles instead.")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--width", type=int, nargs="+", default=(768, 1024))
     parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    require_gpu()
+    return options
+
+
+def measured(row: dict[str, Any]) -> str:
+    """What a row's figures are, for people."""
+    return (
+        f"{row['backend']:14} {1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
+        f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
+    )
+
+
+def main() -> None:
+    """Measure all layers, or search for their tiles."""
+    options = options_of(__doc__)
     shapes = [
         (layer, rows, getattr(torch, dtype))
         for dtype in options.dtype for width in options.width
@@ -218,12 +233,7 @@ def main() -> None:
         torch.compiler.reset()
         found += (new := figures(layer, rows, dtype, "cuda", copy, rates[dtype]))
         for row in new:
-            print(
-                f"{row['dtype']:9} {layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5} "
-                f"{row['backend']:14} {1e6 * row['p50']:8.2f} us "
-                f"{100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
-                f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
-            )
+            print(f"{row['dtype']:9} {layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5} {measured(row)}")
     if not options.no_rows:
         print(f"rows appended to {append_rows('norm_linear', found)}")
 

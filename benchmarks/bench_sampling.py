@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_timing import replay_times
+from gpu_timing import replay_times, require_gpu
 from harness import append_rows, quantiles
 from torch import Tensor
 
@@ -100,8 +100,7 @@ def main() -> None:
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     parser.add_argument("--tune", action="store_true", help="Try launch-table entries instead.")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA GPU is visible to torch; this benchmark needs one")
+    require_gpu()
     if options.tune:
         tune(replay_times)
         return

@@ -169,18 +169,16 @@ class DecodeLoop:
         buffers.integers.copy_(packed.integers)
         buffers.numbers.copy_(packed.numbers)
         host = DecodeState.empty(bucket, self.pool.max_pages, BURST, "cpu")
-        host.block_tables[: len(rows)] = torch.from_numpy(tables)
-        for index, row in enumerate(rows):
-            sequence, work = row.sequence, row.sequence.work
-            page = int(tables[index, row.cached // PAGE_SIZE])
-            seed = sequence.noise.seed if isinstance(sequence.noise, PhiloxNoise) else 0
-            host.ids[index] = (got[sequence] or sequence.feed)[-1]
-            host.positions[index] = row.cached
-            host.lengths[index] = row.cached + 1
-            host.slots[index] = page * PAGE_SIZE + row.cached % PAGE_SIZE
-            host.places[index] = torch.tensor(place_row(seed, row.step, sequence.stream, work.chunk))
-            host.remaining[index] = row.left
-            host.eos[index] = -1 if work.rule.eos_token is None else work.rule.eos_token
+        count, cached = len(rows), np.array([row.cached for row in rows])
+        pages = tables[np.arange(count), cached // PAGE_SIZE].astype(np.int64)
+        host.block_tables[:count] = torch.from_numpy(tables)
+        host.ids[:count] = torch.tensor([(got[row.sequence] or row.sequence.feed)[-1] for row in rows])
+        host.positions[:count] = torch.from_numpy(cached)
+        host.lengths[:count] = torch.from_numpy(cached + 1)
+        host.slots[:count] = torch.from_numpy(pages * PAGE_SIZE + cached % PAGE_SIZE)
+        host.places[:count] = torch.tensor([_place(row) for row in rows])
+        host.remaining[:count] = torch.tensor([row.left for row in rows])
+        host.eos[:count] = torch.tensor([-1 if rule.eos_token is None else rule.eos_token for rule in rules])
         for ours, theirs in zip(buffers.state.tensors(), host.tensors(), strict=True):
             ours.copy_(theirs)
         return self._launch(rows, steps)
@@ -295,6 +293,13 @@ class DecodeLoop:
             self._step()
             self._step()
         torch.cuda.current_stream().wait_stream(side)
+
+
+def _place(row: _Row) -> list[int]:
+    """Where the row's next draw lies in its noise; a greedy row may have any other noise, and uses none."""
+    noise, sequence = row.sequence.noise, row.sequence
+    seed = noise.seed if isinstance(noise, PhiloxNoise) else 0
+    return place_row(seed, row.step, sequence.stream, sequence.work.chunk)
 
 
 def _row(sequence: Sequence, tokens: list[int]) -> _Row:

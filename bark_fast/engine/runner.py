@@ -85,14 +85,15 @@ class EagerRunner:
         self.fine_model, self.codec = fine, codec
         weight = semantic.wte.weight
         self.device, self.dtype = offload_to or weight.device, weight.dtype
+        modules: dict[str, nn.Module] = {**self.models, "fine": fine, "codec": codec}
+        self.devices = {name: offload_to or next(m.parameters()).device for name, m in modules.items()}
         self.pools: dict[str, KVPool] = {}
         configs = {name: gpt.config for name, gpt in self.models.items()}
         for name, pages in cache_pages(configs, self.dtype, max_sequences, cache_bytes).items():
-            where = offload_to or self.models[name].wte.weight.device
-            self.pools[name] = KVPool(configs[name], where, self.dtype, pages)
+            self.pools[name] = KVPool(configs[name], self.devices[name], self.dtype, pages)
         self.offloader: Offloader | None = None
         if offload_to is not None:
-            self.offloader = Offloader({**self.models, "fine": fine, "codec": codec}, offload_to)
+            self.offloader = Offloader(modules, offload_to)
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM
@@ -164,7 +165,7 @@ class EagerRunner:
 
     def _fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
         codebook = passes[0].codebook
-        device = self.fine_model.wpe.weight.device
+        device = self.devices["fine"]
         codes = torch.from_numpy(np.stack([work.codes for work in passes])).to(device)
         hidden = self.fine_model(codes, codebook)
         results = []
@@ -187,8 +188,7 @@ class EagerRunner:
     @torch.inference_mode()
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
         with self._running("codec"):
-            device = self.codec.codebooks.device
-            codes = torch.from_numpy(np.stack([work.codes for work in works])).to(device)
+            codes = torch.from_numpy(np.stack([work.codes for work in works])).to(self.devices["codec"])
             return list(self.codec(codes).float().cpu().numpy())
 
     @contextmanager
@@ -196,8 +196,7 @@ class EagerRunner:
         """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile."""
         if self.offloader is not None:
             self.offloader.bring(model)
-        modules: dict[str, nn.Module] = {**self.models, "fine": self.fine_model, "codec": self.codec}
-        device = next(modules[model].parameters()).device
+        device = self.devices[model]
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.dispatch import define, is_eager, uses_triton, writes_in_place
 
 STEP = 1
 """Column of `places` that holds the step."""
@@ -58,10 +58,6 @@ class DecodeState:
             block_tables=full(-1, rows, pages, dtype=torch.int32),
             drawn=full(-1, rows, ring, dtype=torch.int32),
         )
-
-    def first(self, rows: int) -> DecodeState:
-        """The first `rows` rows, in the same memory."""
-        return DecodeState(*(tensor[:rows] for tensor in self.tensors()))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order of the fields."""
@@ -111,14 +107,10 @@ def _advance(
     remaining.copy_(torch.where(live, left, remaining))
 
 
-def _fake(*arguments: object) -> None:
-    """It returns nothing and changes no shape."""
-
-
 define(
     "advance(Tensor tokens, Tensor(a!) ids, Tensor(b!) positions, Tensor(c!) lengths, Tensor(d!) slots, "
     "Tensor(e!) places, Tensor(f!) remaining, Tensor eos, Tensor block_tables, Tensor(g!) drawn, "
     "SymInt page_size) -> ()",
     _advance,
-    _fake,
+    writes_in_place,
 )

@@ -71,6 +71,10 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     torch.library.register_fake(f"bark_fast::{name}", fake, lib=library)
 
 
+def writes_in_place(*arguments: object, **named: object) -> None:
+    """The fake of an operation that returns nothing and changes no shape."""
+
+
 @cache
 def _library() -> Any:
     make: Any = torch.library.Library  # untyped in torch

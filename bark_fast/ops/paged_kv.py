@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bark_fast import extension
 from bark_fast.ops import paged_kv_reference as fallback
-from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton
+from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton, writes_in_place
 
 MAX_PARTS = 32
 """Parts a context is split into at most on CUDA; `attention_scratch` has room for them."""
@@ -229,9 +229,5 @@ def _swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     return None
 
 
-def _writes_in_place(*arguments: object, **named: object) -> None:
-    """What the operators are to a tracer: they return nothing and change no shape."""
-
-
 for _name, _signature in SCHEMAS.items():
-    define(_name + _signature, globals()[f"_{_name}"], _writes_in_place)
+    define(_name + _signature, globals()[f"_{_name}"], writes_in_place)

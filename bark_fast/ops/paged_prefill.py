@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bark_fast.ops import attention
 from bark_fast.ops import paged_kv_reference as reference
-from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.dispatch import define, is_eager, uses_triton, writes_in_place
 
 
 def paged_prefill(
@@ -100,13 +100,9 @@ def _paged_prefill(
         out[first:stop] = seen[0].transpose(0, 1).flatten(1)
 
 
-def _writes_in_place(*arguments: object) -> None:
-    """What the operator is to a tracer: it returns nothing and changes no shape."""
-
-
 define(
     "paged_prefill(Tensor qkv, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor lengths, "
     "Tensor query_starts, Tensor slots, Tensor(c!) out, float scale, SymInt max_queries) -> ()",
     _paged_prefill,
-    _writes_in_place,
+    writes_in_place,
 )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bark_fast.errors import InvalidInput
-from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.dispatch import define, is_eager, uses_triton, writes_in_place
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.reference import layer_norm, linear
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, seed_of, unpack_rule
@@ -257,13 +257,13 @@ define(
     "Tensor(a!) tokens, Tensor(b!) flag, int window, bool filters, int logits_low, "
     "Tensor(c!)? scratch=None) -> ()",
     _sample_rows,
-    lambda *arguments: None,
+    writes_in_place,
 )
 define(
     "head_sample(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor head, Tensor integers, "
     "Tensor numbers, Tensor? places, Tensor? noise, Tensor(a!) tokens, Tensor(b!) flag, int window) -> ()",
     _head_sample,
-    lambda *arguments: None,
+    writes_in_place,
 )
 define(
     "exponential(Tensor places, int width) -> Tensor",
