@@ -41,3 +41,7 @@ class InvalidSequence(InvalidInput):
 
 class OutOfPages(BarkFastError, RuntimeError):
     """A page pool has fewer free pages than an operation needs; nothing was changed."""
+
+
+class NotCovered(BarkFastError, RuntimeError):
+    """A call on a patched object that only the original code can answer (raised with strict=True)."""

@@ -66,9 +66,7 @@ def make_runner(
         semantic, coarse = GPT(config.semantic), GPT(config.coarse)
         fine, codec = FineGPT(config.fine), Codec(config.codec)
     room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
-    # without Triton a step of sampling needs the host, and a burst would gain nothing
-    kind = GraphRunner if device.type == "cuda" and has_triton() and preferred() != "torch" else EagerRunner
-    runner = kind(
+    runner = runner_kind(device)(
         _filled(semantic, weights["semantic"]),
         _filled(coarse, weights["coarse"]),
         _filled(fine, weights["fine"]),
@@ -80,6 +78,12 @@ def make_runner(
     if not offload:
         codec.lstm.flatten_parameters()
     return runner
+
+
+def runner_kind(device: torch.device) -> type[EagerRunner]:
+    """The runner for models on `device`."""
+    # without Triton a step of sampling needs the host, and a burst would gain nothing
+    return GraphRunner if device.type == "cuda" and has_triton() and preferred() != "torch" else EagerRunner
 
 
 def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:

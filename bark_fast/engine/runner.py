@@ -67,25 +67,30 @@ class EagerRunner:
     """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
     Each model runs where its weights are. max_sequences: how many can be open at once in one model, each as
-    long as its context. cache_bytes: bounds the pages of both models. offload_to: the weights stay on the host
+    long as its context. A model may be None if no work names it. cache_bytes: bounds the pages of both models. offload_to: the weights stay on the host
     and those of the model that runs come to this device; give the scheduler `Limits(one_model=True)`.
     """
 
     def __init__(
         self,
-        semantic: GPT,
-        coarse: GPT,
-        fine: FineGPT,
-        codec: Codec,
+        semantic: GPT | None,
+        coarse: GPT | None,
+        fine: FineGPT | None,
+        codec: Codec | None,
         max_sequences: int,
         cache_bytes: int | None = None,
         offload_to: torch.device | None = None,
     ) -> None:
-        self.models = {"semantic": semantic, "coarse": coarse}
-        self.fine_model, self.codec = fine, codec
-        weight = semantic.wte.weight
+        given = {"semantic": semantic, "coarse": coarse}
+        self.models = {name: gpt for name, gpt in given.items() if gpt is not None}
+        self._fine_model, self._codec = fine, codec
+        others = {"fine": fine, "codec": codec}
+        modules: dict[str, nn.Module] = {
+            **self.models,
+            **{name: module for name, module in others.items() if module is not None},
+        }
+        weight = next(next(iter(modules.values())).parameters())
         self.device, self.dtype = offload_to or weight.device, weight.dtype
-        modules: dict[str, nn.Module] = {**self.models, "fine": fine, "codec": codec}
         self.devices = {name: offload_to or next(m.parameters()).device for name, m in modules.items()}
         self.pools: dict[str, KVPool] = {}
         configs = {name: gpt.config for name, gpt in self.models.items()}
@@ -94,6 +99,18 @@ class EagerRunner:
         self.offloader: Offloader | None = None
         if offload_to is not None:
             self.offloader = Offloader(modules, offload_to)
+
+    @property
+    def fine_model(self) -> FineGPT:
+        """The fine model."""
+        assert self._fine_model is not None
+        return self._fine_model
+
+    @property
+    def codec(self) -> Codec:
+        """The codec."""
+        assert self._codec is not None
+        return self._codec
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         stream = SEMANTIC_STREAM if model == "semantic" else COARSE_STREAM

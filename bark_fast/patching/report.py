@@ -1,0 +1,42 @@
+"""What `patch` did to an object, and what it left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One part of the object: its name within it, its class, and what was done or why not."""
+
+    name: str
+    kind: str
+    what: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """replaced, left: parts in order. copied_bytes: weights held twice, because a dtype was asked for."""
+
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+    copied_bytes: int = 0
+
+    def __str__(self) -> str:
+        """A few lines: parts of one kind and treatment together."""
+        lines = []
+        for title, entries in (("replaced", self.replaced), ("left", self.left)):
+            groups: dict[tuple[str, str], list[str]] = {}
+            for entry in entries:
+                groups.setdefault((entry.kind, entry.what), []).append(entry.name)
+            for (kind, what), names in groups.items():
+                which = (
+                    names[0] or "the model itself"
+                    if len(names) == 1
+                    else f"{names[0]} and {len(names) - 1} more"
+                )
+                lines.append(f"{title}: {kind} ({which}): {what}")
+        lines.append(
+            f"weights copied: {self.copied_bytes / 1e6:.1f} MB" if self.copied_bytes else "weights shared"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""Our transformers around somebody else's parameters: the very same Parameter objects, unless a dtype is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from bark_fast.checkpoint.names import gpt_shapes
+from bark_fast.config import FineConfig, GPTConfig
+from bark_fast.errors import NotCovered
+from bark_fast.modules.fine import FineGPT
+from bark_fast.modules.gpt import GPT
+from bark_fast.ops.norm_linear import FLOATING
+from bark_fast.ops.reference import LAYER_NORM_EPS
+
+Model = TypeVar("Model", GPT, FineGPT)
+Names = Callable[[str], str]
+"""From our parameter name to theirs, within their module."""
+Parameters = dict[str, nn.Parameter]
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
+
+
+class Bound(Generic[Model]):
+    """One of our models on `parameters`, which are theirs, or copies in `dtype`.
+
+    copied_bytes: what the copies take.
+    """
+
+    def __init__(self, config: GPTConfig, parameters: Parameters, dtype: torch.dtype | None) -> None:
+        first = next(iter(parameters.values()))
+        self.dtype, self.device = dtype or first.dtype, first.device
+        self._theirs, self._versions = parameters, _versions(parameters)
+        with torch.device("meta"):
+            self.model: Model = FineGPT(config) if isinstance(config, FineConfig) else GPT(config)  # type: ignore[assignment]
+        self.copied_bytes = 0
+        copies: dict[int, nn.Parameter] = {}  # tied weights are copied once
+        for name, parameter in parameters.items():
+            held = parameter
+            if parameter.dtype != self.dtype:
+                if id(parameter) not in copies:
+                    copy = parameter.detach().to(self.dtype)
+                    copies[id(parameter)] = nn.Parameter(copy, requires_grad=False)
+                    self.copied_bytes += copy.numel() * copy.element_size()
+                held = copies[id(parameter)]
+            path, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(path), leaf, held)
+        self.model.eval()
+
+    def holds(self, parameters: Parameters, dtype: torch.dtype | None) -> bool:
+        """Whether this is still what `bind` would make: the same tensors in the same place, unchanged if copied."""
+        first = next(iter(parameters.values()))
+        if (dtype or first.dtype, first.device) != (self.dtype, self.device):
+            return False
+        same = parameters.keys() == self._theirs.keys() and all(
+            parameter is self._theirs[name] for name, parameter in parameters.items()
+        )
+        return same and (not self.copied_bytes or _versions(parameters) == self._versions)
+
+
+def bind(
+    theirs: nn.Module, config: GPTConfig, names: Names, dtype: torch.dtype | None, known: Bound[Model] | None
+) -> Bound[Model]:
+    """Our model on their parameters; `known` again where nothing changed. Raises `NotCovered`."""
+    parameters = parameters_of(theirs, config, names)
+    if known is not None and known.holds(parameters, dtype):
+        return known
+    return Bound(config, parameters, dtype)
+
+
+def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Parameters:
+    """Their parameters under our names. Raises `NotCovered` where a layer was replaced, is hooked or does not fit."""
+    found: Parameters = {}
+    for ours, shape in gpt_shapes(config).items():
+        path, _, leaf = names(ours).rpartition(".")
+        try:
+            owner = theirs.get_submodule(path)
+        except AttributeError:
+            raise NotCovered(f"a model without {path}") from None
+        if reason := why_not_plain(owner):
+            raise NotCovered(f"{path}, {reason}")
+        parameter = owner._parameters.get(leaf)
+        if parameter is None or tuple(parameter.shape) != shape:
+            shown = "nothing" if parameter is None else tuple(parameter.shape)
+            raise NotCovered(f"{path}.{leaf}, which is {shown} where {shape} was expected")
+        found[ours] = parameter
+    kinds = {(parameter.dtype, parameter.device) for parameter in found.values()}
+    if len(kinds) > 1:
+        raise NotCovered(f"weights of several dtypes or devices, {', '.join(sorted(map(str, kinds)))}")
+    ((dtype, device),) = kinds
+    if dtype not in FLOATING or device.type == "meta":
+        raise NotCovered(f"weights of {dtype} on {device}")
+    return found
+
+
+def why_not_plain(module: nn.Module) -> str | None:
+    """None if `module` is a layer of torch or suno's LayerNorm, and nothing hooks into it; else what is the matter."""
+    kind = type(module)
+    if kind not in _PLAIN and (kind.__module__, kind.__name__) != ("bark.model", "LayerNorm"):
+        return f"which is a {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return "which has a hook"
+    if kind is nn.LayerNorm and module.eps != LAYER_NORM_EPS:
+        return f"whose eps is {module.eps}"
+    if kind is nn.Embedding and module.max_norm is not None:
+        return "which renormalises its rows"
+    return None
+
+
+def _versions(parameters: Parameters) -> list[tuple[int, int]]:
+    """Changes whenever a tensor is written to or replaced in place."""
+    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters.values()]

@@ -1,0 +1,125 @@
+"""Replacing the class of single objects, and undoing it: nothing but `type(module)` changes.
+
+A fast class is a subclass of the object's own class, made once for each pair of classes and named as the original,
+so isinstance, state_dict and what transformers writes into config.json stay as they were. It is found nowhere by
+name: pickle and deepcopy make it anew from the original class and the mixin, which both are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bark_fast.errors import NotCovered
+
+STATE = "_bark_fast"
+"""Attribute of a patched object that holds its `State`."""
+
+
+class Policy:
+    """What one call of `patch` asked for, shared by everything it replaced.
+
+    engine: stages run in the engine. dtype: of the engine's weights, None for the model's own. rng: "torch" or
+    "philox". strict: raise where the fast path does not cover a call. warned: reasons already given.
+    """
+
+    def __init__(self, engine: bool, dtype: torch.dtype | None, rng: str, strict: bool) -> None:
+        self.engine, self.dtype, self.rng, self.strict = engine, dtype, rng, strict
+        self.warned: set[str] = set()
+
+    def decline(self, reason: str) -> None:
+        """The original code takes a call: say why, once; raise `NotCovered` if strict."""
+        if self.strict:
+            raise NotCovered(
+                f"bark_fast does not cover {reason}; the original code does: patch with strict=False"
+            )
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"bark_fast leaves {reason} to the original code", RuntimeWarning, stacklevel=4)
+
+
+class State:
+    """What a patched object keeps. Copies and pickles of it keep the policy, and nothing else."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.cache: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"policy": self.policy}
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        self.policy, self.cache = content["policy"], {}
+
+
+class Patched:
+    """Base of the mixins: what every replaced class has in common."""
+
+    _bark_fast_original: ClassVar[type]
+    _bark_fast_mixin: ClassVar[type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        assert isinstance(made, tuple)
+        return (_blank, (self._bark_fast_original, self._bark_fast_mixin), *made[2:])
+
+    @property
+    def _fast(self) -> State:
+        state: State = self.__dict__[STATE]
+        return state
+
+
+def is_fast(obj: object) -> bool:
+    """Whether `obj` has a fast class."""
+    return isinstance(obj, Patched)
+
+
+def fast_class(original: type, mixin: type) -> type:
+    """The subclass of `original` whose methods `mixin` has. One for each pair."""
+    return _fast_class(original, mixin)
+
+
+@cache
+def _fast_class(original: type, mixin: type) -> type:
+    return type(
+        original.__name__,
+        (mixin, original),
+        {
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__doc__": original.__doc__,
+            "_bark_fast_original": original,
+            "_bark_fast_mixin": mixin,
+        },
+    )
+
+
+def swap(module: nn.Module, mixin: type[Patched], policy: Policy) -> None:
+    """Give `module` the fast class; one that has it already gets the new policy."""
+    if not is_fast(module):
+        module.__class__ = fast_class(type(module), mixin)
+    module.__dict__[STATE] = State(policy)
+
+
+def restore(module: nn.Module) -> None:
+    """Give `module` its own class back, and to hooks the forward they would have wrapped."""
+    if not isinstance(module, Patched):
+        return
+    fast, original = type(module), module._bark_fast_original
+    for name, value in list(module.__dict__.items()):
+        # accelerate keeps the bound forward it wrapped; one it kept while patched is the fast one
+        if isinstance(value, MethodType) and value.__self__ is module:
+            if value.__func__ is getattr(fast, value.__name__, None) and hasattr(original, value.__name__):
+                module.__dict__[name] = MethodType(getattr(original, value.__name__), module)
+    del module.__dict__[STATE]
+    module.__class__ = original
+
+
+def _blank(original: type, mixin: type) -> Any:
+    """An empty object of the fast class, for pickle and deepcopy."""
+    return object.__new__(fast_class(original, mixin))
