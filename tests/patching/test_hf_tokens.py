@@ -44,9 +44,6 @@ def speech_equal(expected, got) -> None:
         {"coarse_do_sample": False, "semantic_top_p": 0.5},
         {"fine_temperature": None},
         {"fine_temperature": 1.0},
-        {"min_eos_p": 0.001},
-        {"semantic_min_eos_p": 0.001},
-        {"min_eos_p": 0.5},
         {"renormalize_logits": True},
         {"coarse_use_cache": False},
         {"return_dict_in_generate": True},
@@ -79,6 +76,20 @@ def test_batch_with_padding(peer, seed, gain):
     speech_equal(expected, got)
     lengths = {len(one.semantic) for one in expected}
     assert len(lengths) > 1 if gain > 1 else lengths == {70}
+
+
+@pytest.mark.parametrize("name", ["min_eos_p", "semantic_min_eos_p"])
+@pytest.mark.usefixtures("no_decline")
+def test_min_eos_p(peer, name):
+    """Low enough, it ends what would go on; high enough, it does nothing."""
+    with torch.no_grad():
+        peer.model.semantic.lm_head.weight[10_000] *= 6
+    lengths = []
+    for bound in (None, 0.9, 0.001):
+        expected, got = both(peer.model, lambda _, b=bound: peer.speak(TEXTS[:1], **SHORT, **{name: b}))
+        speech_equal(expected, got)
+        lengths.append(len(got[0].semantic))
+    assert lengths[0] == lengths[1] > lengths[2]
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": False}, {"top_k": 0, "temperature": 1.1}], ids=str)
