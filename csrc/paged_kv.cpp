@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "isa.h"
 #include "paged_kv_kernels.h"
 #include "parallel.h"
 
@@ -12,46 +13,18 @@ namespace bark_fast {
 namespace cpu {
 namespace {
 
-struct Isa {
-    const char* name;
-    const KernelTable* kernels;
-    bool (*runs)();
-};
-
+const PerIsa<KernelTable> kTables = {
+    &isa_portable::kernels,
 #ifdef BARK_FAST_X86
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+    &isa_avx2::kernels,
+    &isa_avx512::kernels,
+    &isa_avx512bf16::kernels,
 #endif
-
-const Isa kIsas[] = {
-#ifdef BARK_FAST_X86
-    {"avx512bf16", &isa_avx512bf16::kernels, has_avx512bf16},
-    {"avx512", &isa_avx512::kernels, has_avx512},
-    {"avx2", &isa_avx2::kernels, has_avx2},
-#endif
-    {"portable", &isa_portable::kernels, [] { return true; }},
 };
-
-const Isa& best_isa() {
-    for (const Isa& isa : kIsas)
-        if (isa.runs()) return isa;
-    return kIsas[sizeof kIsas / sizeof *kIsas - 1];
-}
-
-std::atomic<const Isa*>& chosen() {
-    static std::atomic<const Isa*> isa{&best_isa()};
-    return isa;
-}
 
 const Kernels& kernels_for(DType dtype, int32_t head_dim) {
     const int width = head_dim == 32 ? 0 : head_dim == 64 ? 1 : 2;
-    return (*chosen().load(std::memory_order_relaxed)->kernels)[static_cast<int>(dtype)][width];
+    return kTables.chosen()[static_cast<int>(dtype)][width];
 }
 
 // Up to kQueryTile rows of one sequence, with as many parts of their keys as it takes to occupy the threads.
@@ -225,28 +198,6 @@ void gather_kv(const Gather& call, int threads) {
             }
         }
     });
-}
-
-const char* const* isas() {
-    static const std::vector<const char*> names = [] {
-        std::vector<const char*> found;
-        for (const Isa& isa : kIsas)
-            if (isa.runs()) found.push_back(isa.name);
-        found.push_back(nullptr);
-        return found;
-    }();
-    return names.data();
-}
-
-const char* current_isa() { return chosen().load()->name; }
-
-bool use_isa(const char* name) {
-    for (const Isa& isa : kIsas)
-        if (std::strcmp(isa.name, name) == 0 && isa.runs()) {
-            chosen().store(&isa);
-            return true;
-        }
-    return false;
 }
 
 }  // namespace cpu
