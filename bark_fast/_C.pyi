@@ -104,6 +104,18 @@ def mlp(
     out: object,
     threads: int,
 ) -> None: ...
+def decode_layers(
+    x: object,
+    weights: list[object],
+    keys: list[object],
+    values: list[object],
+    block_table: object,
+    lengths: object,
+    slots: object,
+    out: object,
+    scale: float,
+    threads: int,
+) -> None: ...
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...

@@ -2,16 +2,11 @@
 #pragma once
 
 #include "linear.h"
+#include "stages.h"
 
 namespace bark_fast {
 
 constexpr int64_t kMostOutputs = 64;  // of one call of `multiply`
-
-// Rows of a weight matrix that will be read next, for prefetching.
-struct Ahead {
-    const char* first;
-    int64_t stride;  // in bytes
-};
 
 struct LinearKernels {
     // Bytes of rows x k as `multiply` wants them, and putting them there, normalised if the call says so.

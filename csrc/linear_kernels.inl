@@ -281,12 +281,14 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t fi
     const T* lines[O];
     const T* following[O];
     int64_t at = 0, place = lines_of(0, lines);
+    lines_of(0, following);
     while (at < blocks * pieces) {
         const char* ahead[O];
         int64_t following_place = 0;
         if (++at < blocks * pieces) following_place = lines_of(at, following);
         for (int o = 0; o < O; ++o)
-            ahead[o] = at < blocks * pieces ? reinterpret_cast<const char*>(following[o]) : next.first + o * next.stride;
+            ahead[o] = at < blocks * pieces || !next.first ? reinterpret_cast<const char*>(following[o])
+                                                           : next.first + o * next.stride;
         const int64_t b = place / pieces, p = place % pieces, from = p * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
         for (int64_t row = 0; row < call.rows; row += tile) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "decode_bindings.h"
 #include "isa.h"
 #include "linear_bindings.h"
 #include "page_pool_bindings.h"
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
     bark_fast::bind_page_pool(m);
     bind_paged_kv(m);
     bind_linear(m);
+    bind_decode(m);
     m.def("isas", &isas, "Instruction sets that this build has and this machine runs, best first.");
     m.def("isa", &bark_fast::cpu::current_isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Choose another instruction set, for tests.");

@@ -14,8 +14,6 @@
 namespace bark_fast {
 namespace {
 
-constexpr int kSpins = 2000;
-
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 std::atomic<bool> openmp_avoided{false};
 
@@ -113,20 +111,6 @@ void run_on_threads(int threads, void (*body)(void*), void* context) {
 }
 
 const char* parallel_backend() { return gomp() ? "openmp" : "threads"; }
-
-void Tickets::wait_for(int64_t count) const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
-        if (spins >= kSpins) {
-            std::this_thread::yield();  // who is waited for may have no core
-            continue;
-        }
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
-    }
-}
 
 void avoid_openmp(bool avoid) { openmp_avoided.store(avoid); }
 

@@ -62,18 +62,4 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Chunk& chunk)
     if (shared.error) std::rethrow_exception(shared.error);
 }
 
-// Work in phases within one run_on_threads: tickets are handed out in order, and a ticket of a later phase waits until
-// all of the earlier phases are finished. A thread finishes its tickets in order too, so somebody can always go on.
-class Tickets {
-public:
-    int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
-    void finish() { done_.fetch_add(1, std::memory_order_release); }
-    // Until the first `count` tickets are finished and what was written under them can be read.
-    void wait_for(int64_t count) const;
-
-private:
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<int64_t> done_{0};
-};
-
 }  // namespace bark_fast

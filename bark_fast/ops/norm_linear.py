@@ -8,8 +8,8 @@ kernels/norm_linear.py), so a row's last bits may depend on how many rows run be
 TF32 for fp32; cuBLAS obeys `torch.backends.cuda.matmul.allow_tf32`, which is off by default.
 
 On the CPU the compiled extension takes up to `COMPILED_ROWS` rows (`dispatch.prefer("torch")` keeps it out):
-weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither on
-the rows beside it nor on their number nor on the threads. No operation has a gradient there.
+weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither
+on the rows beside it nor on their number nor on the threads. No operation has a gradient there.
 
 Errors: `InvalidInput` where dtypes or sizes do not fit together.
 """
