@@ -7,12 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "decode_bindings.h"
 #include "isa.h"
 #include "linear_bindings.h"
 #include "page_pool_bindings.h"
 #include "paged_kv_bindings.h"
 #include "parallel.h"
+#include "philox.h"
 
 namespace py = pybind11;
 
@@ -54,6 +56,17 @@ void use_isa(const std::string& name) {
         throw std::invalid_argument("instruction set '" + name + "' is not available here");
 }
 
+void philox_uniform(uint64_t seed, uint32_t stream, uint32_t chunk, uint32_t first_step, py::handle out_) {
+    using namespace bark_fast;
+    const TensorView out = tensor_view(out_, "out");
+    if (out.cuda) reject("out is on cuda; expected cpu");
+    check_dtype(out, DType::f32);
+    check_shape(out, {-1, -1});
+    check_packed(out, 0);
+    py::gil_scoped_release release;
+    bark_fast::philox_uniform(seed, stream, chunk, first_step, out.shape[0], out.shape[1], out.as<float>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -63,6 +76,8 @@ PYBIND11_MODULE(_C, m) {
     bind_paged_kv(m);
     bind_linear(m);
     bind_decode(m);
+    m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("stream"), py::arg("chunk"),
+          py::arg("first_step"), py::arg("out"), "Uniform numbers of PhiloxNoise, before their logarithm.");
     m.def("isas", &isas, "Instruction sets that this build has and this machine runs, best first.");
     m.def("isa", &bark_fast::cpu::current_isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Choose another instruction set, for tests.");

@@ -1,6 +1,6 @@
 """All layers of a decode step in one call: one new row a sequence, keys and values in pages.
 
-On the CPU a layer of a small batch takes some hundred microseconds of reading weights, beside which entering and
+On the CPU a layer of a small batch is some hundred microseconds of reading weights, beside which entering and
 leaving five operations shows. The extension takes all layers in one parallel region; elsewhere, and for more
 rows than it takes, the operations run one after another. The extension's bits are those of its operations.
 """
