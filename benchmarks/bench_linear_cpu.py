@@ -2,7 +2,7 @@
 
 python benchmarks/bench_linear_cpu.py [--quick] [--size small large] [--threads 2]. Ours, torch and a read of as
 many bytes take turns within a repeat. `linears`: qkv, out, fc and proj of all layers, by the operations (with
-LayerNorm, GELU and residual) and by bare torch products, which leave those out. `step`: embedding, all layers over
+LayerNorm, GELU and residual) and by bare torch products, which lack those. `step`: embedding, all layers over
 a cache of 300 keys a row, and 10,001 rows of the semantic head; torch's is the same under `prefer("torch")`.
 """
 
@@ -83,7 +83,7 @@ def step(gpt: GPT, rows: int, backend: str) -> Call:
 
 
 def rows_of(shape: dict[str, Any], seconds: dict[str, list[float]], read: int) -> dict[str, Any]:
-    """Medians, and ratios within a repeat: to torch (above 1: ours is faster) and to the read (1: its speed)."""
+    """Medians, and ratios within a repeat: to torch (above 1: ours is faster) and to the read."""
     ours, torch_, memory = (np.array(seconds[name]) for name in ("ours", "torch", "read"))
     middle = float(np.median(ours))
     to_read = float(np.median(ours / memory))
