@@ -79,8 +79,46 @@ def gather_kv(
     pages: object, block_table: object, length: int, out: object, threads: int, stream: int
 ) -> None: ...
 def swap_pages(source: object, destination: object, pairs: object, threads: int, stream: int) -> None: ...
-def paged_kv_isas() -> list[str]: ...
-def paged_kv_isa() -> str: ...
-def use_paged_kv_isa(name: str) -> None: ...
+
+linear_rows: int
+
+def linear(
+    x: object,
+    norm_weight: object,
+    norm_bias: object,
+    weight: object,
+    bias: object,
+    residual: object,
+    out: object,
+    gelu: bool,
+    threads: int,
+) -> None: ...
+def mlp(
+    x: object,
+    norm_weight: object,
+    norm_bias: object,
+    fc_weight: object,
+    fc_bias: object,
+    proj_weight: object,
+    proj_bias: object,
+    out: object,
+    threads: int,
+) -> None: ...
+def decode_layers(
+    x: object,
+    weights: list[object],
+    keys: list[object],
+    values: list[object],
+    block_table: object,
+    lengths: object,
+    slots: object,
+    out: object,
+    scale: float,
+    threads: int,
+) -> None: ...
+def philox_uniform(seed: int, stream: int, chunk: int, first_step: int, out: object) -> None: ...
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
 def parallel_backend() -> str: ...
 def avoid_openmp(avoid: bool) -> None: ...

@@ -67,12 +67,6 @@ void append_kv(const Append& call, int threads);
 void paged_attention(const Attention& call, int threads);
 void copy_pages(const Copy* copies, int count, int threads);
 void gather_kv(const Gather& call, int threads);
-
-// Instruction sets this build has and this machine runs, best first; null-terminated.
-const char* const* isas();
-const char* current_isa();
-// False when the machine or the build does not have it. Not for use while another thread computes.
-bool use_isa(const char* name);
 }  // namespace cpu
 
 #ifdef BARK_FAST_CUDA

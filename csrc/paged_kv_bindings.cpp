@@ -2,7 +2,6 @@
 #include "paged_kv_bindings.h"
 
 #include "paged_kv_checks.h"
-#include "parallel.h"
 
 namespace py = pybind11;
 
@@ -217,15 +216,4 @@ void bind_paged_kv(py::module_& module) {
 #else
     module.attr("paged_kv_cuda") = false;
 #endif
-    module.def("paged_kv_isas", [] {
-        py::list names;
-        for (const char* const* name = cpu::isas(); *name; ++name) names.append(*name);
-        return names;
-    }, "Instruction sets that this build has and this machine runs, best first.");
-    module.def("paged_kv_isa", &cpu::current_isa, "The instruction set in use.");
-    module.def("use_paged_kv_isa", [](const std::string& name) {
-        if (!cpu::use_isa(name.c_str())) reject("instruction set '" + name + "' is not available here");
-    }, py::arg("name"), "Choose another instruction set, for tests.");
-    module.def("parallel_backend", &parallel_backend, "What CPU loops run on: 'openmp' or 'threads'.");
-    module.def("avoid_openmp", &avoid_openmp, py::arg("avoid"), "Run loops on this library's own threads, for tests.");
 }

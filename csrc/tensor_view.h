@@ -107,12 +107,17 @@ inline TensorView view_of(const dlpack::Tensor& source, const char* name) {
     return view;
 }
 
-// The exchange table of a type, or null. One type is remembered: in practice every argument is a torch.Tensor.
-// Callers hold the GIL. The remembered type is kept alive so that its address cannot be reused.
+// The exchange table of a type, or null. Two types are remembered: in practice every argument is a torch.Tensor or a
+// torch.nn.Parameter. Callers hold the GIL. Remembered types are kept alive so that their addresses cannot be reused.
 inline const dlpack::ExchangeTable* exchange_table(PyTypeObject* type) {
-    static PyTypeObject* known = nullptr;
-    static const dlpack::ExchangeTable* table = nullptr;
-    if (type == known) return table;
+    struct Known {
+        PyTypeObject* type;
+        const dlpack::ExchangeTable* table;
+    };
+    static Known known[2] = {};
+    static int oldest = 0;
+    for (const Known& one : known)
+        if (type == one.type) return one.table;
     const dlpack::ExchangeTable* found = nullptr;
     if (PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
         if (PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
@@ -123,9 +128,10 @@ inline const dlpack::ExchangeTable* exchange_table(PyTypeObject* type) {
     while (found && found->version.major != 1) found = found->previous;
     if (found && !found->tensor_from_object) found = nullptr;
     Py_INCREF(type);
-    Py_XDECREF(known);
-    known = type;
-    return table = found;
+    Py_XDECREF(known[oldest].type);
+    known[oldest] = {type, found};
+    oldest ^= 1;
+    return found;
 }
 
 inline TensorView view_through_capsule(pybind11::handle object, const char* name) {

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bark_fast import extension
 from bark_fast.errors import InvalidInput
+from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise, philox4x32
 from bark_fast.ops.sampling import race
 from bark_fast.sampling import SamplingRule
@@ -56,6 +58,16 @@ def test_philox_equals_an_implementation_in_python_integers(counter, key):
 
 
 class TestPhiloxNoise:
+    @pytest.mark.skipif(extension.load() is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
+    @pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**64 - 1])
+    @pytest.mark.parametrize("width", [1, 3, 64, 65, 1024, 10_001])
+    def test_the_extension_gives_the_bits_of_torch(self, seed, width):
+        for place in ((0, 3, 10), (2**32 - 1, 17, 2**32 - 3)):
+            compiled = PhiloxNoise(seed, CPU).codes(*place, 3, width)
+            with prefer("torch"):
+                assert torch.equal(PhiloxNoise(seed, CPU).codes(*place, 3, width), compiled)
+                assert not torch.equal(PhiloxNoise(seed ^ 1, CPU).codes(*place, 3, width), compiled)
+
     def test_a_draw_depends_on_its_place_alone(self):
         noise = PhiloxNoise(7, CPU)
         block = noise.codes(chunk=0, stream=3, first_step=10, rows=5, width=33)

@@ -1,4 +1,4 @@
-"""The C++ pool's own tests: millions of random operations, then under address, UB and thread sanitizers."""
+"""C++ tests of the page pool and of linear layers, plain and under address, UB and thread sanitizers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,22 @@ def build(folder: Path, *flags: str) -> Path:
     return program
 
 
+def build_linear(folder: Path, *flags: str) -> Path:
+    """Portable code only, which has the same loops over rows, columns and pieces as the others."""
+    program = folder / "test_linear"
+    names = ("linear", "linear_portable", "stages", "parallel", "isa", "tests/test_linear")
+    command = (COMPILER, "-std=c++17", "-O2", "-pthread", "-Wall", "-Wextra", *flags)
+    subprocess.run((*command, *(CSRC / f"{name}.cpp" for name in names), "-o", program, "-ldl"), check=True)
+    return program
+
+
+def check_linear(program: Path) -> None:
+    done = subprocess.run((program,), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "linear layers agree" in done.stdout
+    assert "ERROR" not in done.stderr and "WARNING" not in done.stderr
+
+
 def check(program: Path, operations: int, threaded: int, seed: int = 0) -> None:
     command = (program, str(operations), str(seed), str(threaded))
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -34,6 +50,10 @@ def test_millions_of_random_operations(tmp_path):
     check(build(tmp_path), operations=3_000_000, threaded=20_000)
 
 
+def test_linear_layers(tmp_path):
+    check_linear(build_linear(tmp_path))
+
+
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
 def test_clean_under_sanitizers(tmp_path, kind):
     flags = (f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g")
@@ -43,3 +63,4 @@ def test_clean_under_sanitizers(tmp_path, kind):
     if made.returncode or subprocess.run((tmp_path / "probe",), capture_output=True).returncode:
         pytest.skip(f"{COMPILER} has no -fsanitize={kind} here")
     check(build(tmp_path, *flags), operations=150_000, threaded=2_000, seed=1)
+    check_linear(build_linear(tmp_path, *flags))

@@ -14,6 +14,7 @@ from bark_fast.config import GPTConfig
 from bark_fast.engine.page_pool import make_pool
 from bark_fast.ops import paged_kv
 from bark_fast.ops.attention import attention
+from bark_fast.ops.decode_layers import PagedRows
 from bark_fast.ops.dispatch import uses_triton
 from bark_fast.ops.paged_prefill import paged_prefill
 
@@ -101,6 +102,12 @@ class KVPool:
             prefill_starts,
             paged,
         )
+
+    def one_row_each(self, batch: StepBatch) -> PagedRows | None:
+        """For a step of one row a sequence, on the CPU: what `GPT.decode` wants."""
+        if self.device.type != "cpu" or any(count != 1 for count in batch.counts):
+            return None
+        return PagedRows(self.keys, self.values, batch.block_tables, batch.lengths, batch.slots)
 
     def attend(self, batch: StepBatch, layer: int, qkv: Tensor) -> Tensor:
         """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""

@@ -146,7 +146,10 @@ class EagerRunner:
                 drawing.append(len(ids) - 1)
         merged = None if max(extra) == NO_TOKEN else torch.tensor(extra, device=pool.device)
         tokens_fed, places = torch.tensor(ids, device=pool.device), torch.tensor(positions, device=pool.device)
-        hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged)
+        if rows := pool.one_row_each(reserved):
+            hidden = gpt.decode(tokens_fed, places, rows, merged)
+        else:
+            hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged)
         if len(drawing) < len(ids):
             hidden = hidden[drawing]
         drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
+from bark_fast.ops.decode_layers import PagedRows, decode_layers
 from bark_fast.ops.embedding import embed
 from bark_fast.ops.norm_linear import Scratch, norm_linear
 
@@ -54,6 +55,18 @@ class GPT(nn.Module):
         for index, layer in enumerate(self.layers):
             x = layer(x, partial(attend, index), scratch)
         return x
+
+    def decode(
+        self, ids: Tensor, positions: Tensor, cache: PagedRows, extra_ids: Tensor | None = None
+    ) -> Tensor:
+        """As `forward` for one row a sequence whose keys and values lie in pages, in fewer calls."""
+        x = embed(ids, positions, self.wte.weight, self.wpe.weight, extra_ids)
+        return decode_layers(x, self._weights, cache)
+
+    @cached_property
+    def _weights(self) -> list[Tensor | None]:
+        # gathering 12 tensors a layer takes longer than to check them; parameters are changed, never replaced
+        return [tensor for layer in self.layers for tensor in cast(Layer, layer).weights()]
 
     def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""

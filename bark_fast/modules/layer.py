@@ -58,6 +58,11 @@ class Layer(nn.Module):
             x, ln_2.weight, ln_2.bias, fc.weight, fc.bias, proj.weight, proj.bias, scratch=scratch
         )
 
+    def weights(self) -> list[Tensor | None]:
+        """As `ops.decode_layers` takes them."""
+        parts = (self.ln_1, self.qkv, self.out, self.ln_2, self.fc, self.proj)
+        return [tensor for part in parts for tensor in (part.weight, part.bias)]
+
 
 class Embedding(nn.Module):
     """Embedding table whose weight is left to the checkpoint; models sum several in one operation."""

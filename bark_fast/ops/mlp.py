@@ -11,7 +11,7 @@ from torch import Tensor
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
 from bark_fast.ops.dispatch import define, is_eager, uses_triton
-from bark_fast.ops.norm_linear import Scratch, check, rows_of, with_adjacent_columns
+from bark_fast.ops.norm_linear import Scratch, check, extension_for, rows_of, with_adjacent_columns
 
 
 def layernorm_gelu_mlp(
@@ -61,6 +61,13 @@ def _layernorm_gelu_mlp(
             scratch=None if partials is None or counters is None else (partials, counters), pdl=pdl,
         )  # fmt: skip
         return y.view(x.shape)
+    if module := extension_for(x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias):
+        y = x.new_empty(x.shape)
+        module.mlp(
+            rows_of(x), norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias,
+            rows_of(y), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
     hidden = reference.linear(reference.layer_norm(x, norm_weight, norm_bias), fc_weight, fc_bias)
     return x + reference.linear(reference.gelu(hidden), proj_weight, proj_bias)
 

@@ -12,7 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bark_fast import extension
 from bark_fast.errors import InvalidInput
+from bark_fast.ops.dispatch import preferred
 from bark_fast.sampling import Dialect, SamplingRule
 
 SEED_BOUND = 2**64
@@ -113,6 +115,11 @@ class PhiloxNoise:
         return self._ahead[step % steps, : high - low]
 
     def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
+        module = extension.load() if self.device.type == "cpu" and preferred() == "auto" else None
+        if module is not None and hasattr(module, "philox_uniform"):
+            uniform = torch.empty(rows, width)
+            module.philox_uniform(self.seed, stream, chunk, first_step, uniform)
+            return uniform.log_().neg_()
         blocks = (width + 3) // 4
         block = torch.arange(blocks, device=self.device).expand(rows, blocks)
         step = torch.arange(first_step, first_step + rows, device=self.device)[:, None].expand(rows, blocks)

@@ -7,22 +7,33 @@ cuBLAS multiplies is rounded before GELU or residual. Which kernel runs depends 
 kernels/norm_linear.py), so a row's last bits may depend on how many rows run beside it. The kernels never use
 TF32 for fp32; cuBLAS obeys `torch.backends.cuda.matmul.allow_tf32`, which is off by default.
 
+On the CPU the compiled extension takes up to `COMPILED_ROWS` rows (`dispatch.prefer("torch")` keeps it out):
+weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither
+on the rows beside it nor on their number nor on the threads. No operation has a gradient there.
+
 Errors: `InvalidInput` where dtypes or sizes do not fit together.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
-from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton
 
 Scratch = tuple[Tensor, Tensor]
 """Partial sums (fp32) and counters (int32, zero between calls), from `linear_scratch`."""
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+
+COMPILED_ROWS = 16
+"""Rows up to which the extension multiplies on the CPU; from there on torch's blocking pays."""
 
 
 def norm_linear(
@@ -143,6 +154,25 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+@cache
+def compiled() -> ModuleType | None:
+    """The extension, if it has linear layers."""
+    module = extension.load()
+    return module if hasattr(module, "linear") else None
+
+
+def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
+    """The extension where it takes this call, else None: few rows on the CPU, one dtype, adjacent columns."""
+    if not x.is_cpu or preferred() != "auto" or not 0 < x.numel() <= COMPILED_ROWS * x.shape[-1]:
+        return None
+    for other in others:
+        if other is None:
+            continue
+        if other.dtype != x.dtype or not other.is_cpu or other.stride(-1) != 1 or not len(other):
+            return None
+    return compiled()
+
+
 def with_adjacent_columns(weight: Tensor) -> Tensor:
     """The weight itself where its columns are neighbours, as torch.nn.Linear and its row slices have them."""
     return weight if weight.stride(1) == 1 else weight.contiguous()
@@ -161,6 +191,12 @@ def _norm_linear(
             scratch=None if partials is None or counters is None else (partials, counters), pdl=pdl,
         )  # fmt: skip
         return y.view(*x.shape[:-1], len(weight))
+    if module := extension_for(x, norm_weight, norm_bias, weight, bias):
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        module.linear(
+            rows_of(x), norm_weight, norm_bias, weight, bias, None, rows_of(y), gelu, torch.get_num_threads()
+        )  # fmt: skip
+        return y
     y = reference.linear(reference.layer_norm(x, norm_weight, norm_bias), weight, bias)
     return reference.gelu(y) if gelu else y
 
@@ -178,6 +214,13 @@ def _linear(
             scratch=None if partials is None or counters is None else (partials, counters), pdl=pdl,
         )  # fmt: skip
         return y.view(*x.shape[:-1], len(weight))
+    if module := extension_for(x, weight, bias):
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        module.linear(
+            rows_of(x), None, None, weight, bias, None if residual is None else rows_of(residual), rows_of(y),
+            gelu, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
     y = reference.linear(x, weight, bias)
     if gelu:
         y = reference.gelu(y)

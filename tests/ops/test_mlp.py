@@ -97,7 +97,7 @@ def test_a_layer_on_torch_has_the_bits_of_plain_expressions() -> None:
     torch.manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    with torch.no_grad():
+    with torch.no_grad(), prefer("torch"):
         x, seen = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
         y = x + F.linear(seen, layer.out.weight, layer.out.bias)
         normed = F.layer_norm(y, (64,), layer.ln_2.weight, layer.ln_2.bias)

@@ -15,7 +15,7 @@ from bark_fast.ops import paged_kv
 from bark_fast.ops import paged_kv_reference as fallback
 
 C = extension.load()
-ISAS = C.paged_kv_isas() if C is not None else []
+ISAS = C.isas() if C is not None else []
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOOR = {torch.float32: 2e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 """About one rounding of the output: where torch happens to be exact, nobody else has to be."""
@@ -32,10 +32,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(paged_kv, "compiled", lambda cuda: None)
         yield request.param
     else:
-        before = C.paged_kv_isa()
-        C.use_paged_kv_isa(request.param)
+        before = C.isa()
+        C.use_isa(request.param)
         yield request.param
-        C.use_paged_kv_isa(before)
+        C.use_isa(before)
 
 
 def bound(batch: Batch, truth: Tensor) -> float:
@@ -279,7 +279,7 @@ def test_what_is_not_a_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="pairs is not a tensor"):
         C.copy_pages(pages, pages, [[0, 1]], 1, 0)
     with pytest.raises(ValueError, match="instruction set 'mmx' is not available"):
-        C.use_paged_kv_isa("mmx")
+        C.use_isa("mmx")
 
 
 @needs_compiled

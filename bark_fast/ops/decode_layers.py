@@ -1,0 +1,66 @@
+"""All layers of a decode step in one call: one new row a sequence, keys and values in pages.
+
+On the CPU a layer of a small batch is some hundred microseconds of reading weights, beside which entering and
+leaving five operations shows. The extension takes all layers in one parallel region; elsewhere, and for more
+rows than it takes, the operations run one after another. The extension's bits are those of its operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bark_fast.ops import paged_kv
+from bark_fast.ops.dispatch import is_eager
+from bark_fast.ops.mlp import layernorm_gelu_mlp
+from bark_fast.ops.norm_linear import extension_for, linear_residual, norm_linear
+
+WEIGHTS = 12
+"""Tensors of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj; a bias may be None."""
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Where the new keys and values of a step go and what its rows attend to, in all layers.
+
+    keys, values: per layer (num_pages, n_head, page_size, head_dim). block_table: (rows, columns) int32.
+    lengths: (rows,) int32, the new key included. slots: (rows,) int64, of the last key, or -1 to store none.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    block_table: Tensor
+    lengths: Tensor
+    slots: Tensor
+
+
+def decode_layers(x: Tensor, weights: list[Tensor | None], cache: PagedRows) -> Tensor:
+    """Each layer x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))): (rows, n_embd), a new tensor.
+
+    x: (rows, n_embd), one row a sequence. weights: `WEIGHTS` of each layer, one layer after another, all of x's
+    dtype. Errors are those of the operations: what does not fit raises `InvalidInput` or ValueError.
+    """
+    if is_eager(x) and (module := extension_for(x, weights[2])):
+        out = x.new_empty(x.shape)
+        scale = cache.keys[0].shape[3] ** -0.5
+        module.decode_layers(
+            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.slots, out, scale,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    starts = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        parts: Any = weights[layer * WEIGHTS : (layer + 1) * WEIGHTS]
+        ln_1, ln_1_bias, qkv, qkv_bias, out, out_bias, *mlp = parts
+        projected = norm_linear(x, ln_1, ln_1_bias, qkv, qkv_bias)
+        paged_kv.append_kv(projected, keys, values, cache.slots)
+        query = projected.view(len(x), 3, keys.shape[1], keys.shape[3])[:, 0]
+        seen = paged_kv.paged_attention(
+            query, keys, values, cache.block_table, cache.lengths, starts, torch.empty_like(x)
+        )
+        x = linear_residual(seen, out, x, out_bias)
+        x = layernorm_gelu_mlp(x, *mlp)
+    return x

@@ -1,0 +1,22 @@
+// All layers of a decode step on the CPU: one new row a sequence.
+#pragma once
+
+#include "linear.h"
+#include "paged_kv.h"
+
+namespace bark_fast {
+
+// x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))), over keys and values in pages, the new ones included.
+struct DecodeLayer {
+    Linear qkv;
+    Append append;
+    Attention attention;  // every sequence has one row
+    Linear out, fc, proj;
+};
+
+namespace cpu {
+// Layers read what those before them wrote.
+void decode_layers(const DecodeLayer* layers, int count, int threads);
+}  // namespace cpu
+
+}  // namespace bark_fast

@@ -1,0 +1,40 @@
+// Which of the CPU code's instruction sets runs. Each kernel file is compiled once per set and chosen here.
+#pragma once
+
+namespace bark_fast {
+namespace cpu {
+
+// Instruction sets this build has and this machine runs, best first; null-terminated.
+const char* const* isas();
+const char* current_isa();
+// False when the machine or the build does not have it. Not for use while another thread computes.
+bool use_isa(const char* name);
+
+// One implementation per instruction set.
+template <class Table>
+struct PerIsa {
+    const Table* portable;
+#ifdef BARK_FAST_X86
+    const Table* avx2;
+    const Table* avx512;
+    const Table* avx512bf16;
+#endif
+    // The one in use.
+    const Table& chosen() const;
+};
+
+// Place of the one in use in the struct above.
+int chosen_isa();
+
+template <class Table>
+const Table& PerIsa<Table>::chosen() const {
+#ifdef BARK_FAST_X86
+    const Table* const all[] = {portable, avx2, avx512, avx512bf16};
+    return *all[chosen_isa()];
+#else
+    return *portable;
+#endif
+}
+
+}  // namespace cpu
+}  // namespace bark_fast

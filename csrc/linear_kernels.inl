@@ -1,0 +1,335 @@
+// Linear layers of a few rows, compiled once per instruction set: define BARK_FAST_ISA and include.
+//
+// Memory decides: weights are read once, a few lines of them side by side, in pieces of some hundred columns; while one
+// piece is multiplied with all rows the next is fetched. A product is summed in fp32 in an order that depends on k alone,
+// not on the number of rows nor on the place of the output: W partial sums over each piece, the pieces in turn, and the
+// W sums by a fixed tree. 16-bit weights are widened: two fp32 fma of 16 products take half the time of one dpbf16ps
+// of 32 on Sapphire Rapids, and the rows need no rounding.
+#include <stdint.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "linear_kernels.h"
+
+namespace bark_fast {
+namespace BARK_FAST_ISA {
+namespace {
+
+#include "simd.h"
+
+constexpr int64_t kStep = 2 * W;  // columns that load2 takes
+constexpr float kNormEps = 1e-5f;
+constexpr int64_t kLine = kMostOutputs + W;  // floats of one row of results before they are finished
+
+// Columns of a piece at most: the rows' share of it stays in the L1, the next one's lines are far enough ahead.
+template <class T>
+constexpr int64_t kMostPiece = sizeof(T) == 4 ? 512 : 768;
+
+// Rows and outputs whose sums are kept in registers together.
+#if defined(__AVX512F__)
+constexpr int kMostTileRows = 6;
+constexpr int outputs_beside(int64_t) { return 4; }
+#else
+constexpr int kMostTileRows = 4;
+constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
+#endif
+
+// Rows are cut into tiles of about the same size.
+BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
+    const int64_t tiles = (rows + kMostTileRows - 1) / kMostTileRows;
+    return tiles ? (rows + tiles - 1) / tiles : 0;
+}
+
+// The first `count` of kStep elements, zeros after them: the end of a line whose length is no multiple of kStep.
+template <class T>
+BARK_FAST_INLINE void load2_some(const T* p, int64_t count, Vec& a, Vec& b) {
+    T some[kStep] = {};
+    __builtin_memcpy(some, p, count * sizeof(T));
+    load2(some, a, b);
+}
+
+// W elements in their order; load2 has an order of its own.
+typedef uint16_t Shorts __attribute__((vector_size(W * 2)));
+typedef Shorts LooseShorts __attribute__((aligned(2), may_alias));
+BARK_FAST_INLINE Vec widen(const float* p) { return load(p); }
+BARK_FAST_INLINE Vec widen(const Half* p) { return widen_half(p); }
+BARK_FAST_INLINE Vec widen(const Brain* p) {
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const LooseShorts*>(p), Bits) << 16);
+}
+BARK_FAST_INLINE void narrow(float* p, Vec v) { store(p, v); }
+BARK_FAST_INLINE void narrow(Half* p, Vec v) { narrow_half(p, v); }
+BARK_FAST_INLINE void narrow(Brain* p, Vec v) {
+    *reinterpret_cast<LooseShorts*>(p) = __builtin_convertvector(round_brain(v) >> 16, Shorts);
+}
+
+// x Phi(x), 1 - Phi(a) = exp(-a^2/2) P(1 / (1 + 0.325 a)) for a >= 0; P fitted to 1.6e-9. Rounding included, the error
+// stays below 1.5e-7 max(1, |x|).
+BARK_FAST_INLINE Vec gelu(Vec x) {
+    const Vec a = (Vec)((Bits)x & 0x7fffffffu);
+    const Vec t = splat(1.0f) / fma(splat(0.325f), a, splat(1.0f));
+    Vec p = splat(0.045108399789832755f);
+    p = fma(p, t, splat(-0.22776023273197613f));
+    p = fma(p, t, splat(0.362668781196523f));
+    p = fma(p, t, splat(-0.11916703794948395f));
+    p = fma(p, t, splat(0.19431622106596957f));
+    p = fma(p, t, splat(0.11385934258753236f));
+    p = fma(p, t, splat(0.13097452643379956f));
+    const Vec tail = exp2_nonpositive(a * a * splat(-0.72134752044448170f)) * (p * t);  // log2(e) / 2
+    return x * (x > 0 ? splat(1.0f) - tail : tail);
+}
+
+BARK_FAST_INLINE int64_t steps_of(int64_t k) { return (k + kStep - 1) / kStep; }
+
+int64_t packed_bytes(int64_t rows, int64_t k) {
+    return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(float));
+}
+
+int64_t block(int64_t rows) { return outputs_beside(tile_rows(rows)); }
+
+// Rows [row, row + rows) as (step, row, kStep) in fp32, where `multiply` reads them one after another.
+template <class T>
+BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, float* packed) {
+    const int64_t k = call.k, whole = k / kStep * kStep;
+    const T* weight = static_cast<const T*>(call.norm_weight);
+    const T* bias = static_cast<const T*>(call.norm_bias);
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* x = static_cast<const T*>(call.x) + (row + r) * call.x_stride;
+        const auto each = [&](auto use) __attribute__((always_inline)) {
+            for (int64_t j = 0; j < whole; j += kStep) {
+                Vec a, b;
+                load2(x + j, a, b);
+                use(j, kStep, a, b);
+            }
+            if (whole < k) {
+                Vec a, b;
+                load2_some(x + whole, k - whole, a, b);
+                use(whole, k - whole, a, b);
+            }
+        };
+        float mean = 0, scale = 1;
+        if (weight) {
+            Vec sum_a{}, sum_b{};
+            each([&](int64_t, int64_t, Vec a, Vec b) __attribute__((always_inline)) {
+                sum_a += a;
+                sum_b += b;
+            });
+            mean = sum_of(sum_a + sum_b) / static_cast<float>(k);
+            sum_a = sum_b = Vec{};
+            each([&](int64_t, int64_t count, Vec a, Vec b) __attribute__((always_inline)) {
+                a -= mean;
+                b -= mean;
+                if (count < kStep) {  // what lies beyond the row is not mean away from it
+                    float ones[kStep];
+                    for (int64_t i = 0; i < kStep; ++i) ones[i] = i < count ? 1.0f : 0.0f;
+                    T inside[kStep];
+                    for (int i = 0; i < kStep; i += W) narrow(inside + i, load(ones + i));
+                    Vec in_a, in_b;
+                    load2(inside, in_a, in_b);
+                    a *= in_a;
+                    b *= in_b;
+                }
+                sum_a = fma(a, a, sum_a);
+                sum_b = fma(b, b, sum_b);
+            });
+            scale = 1.0f / __builtin_sqrtf(sum_of(sum_a + sum_b) / static_cast<float>(k) + kNormEps);
+        }
+        each([&](int64_t j, int64_t count, Vec a, Vec b) __attribute__((always_inline)) {
+            if (weight) {
+                Vec gain_a, gain_b, shift_a{}, shift_b{};
+                if (count == kStep)
+                    load2(weight + j, gain_a, gain_b);
+                else
+                    load2_some(weight + j, count, gain_a, gain_b);
+                if (bias && count == kStep) load2(bias + j, shift_a, shift_b);
+                if (bias && count < kStep) load2_some(bias + j, count, shift_a, shift_b);
+                a = fma((a - mean) * scale, gain_a, shift_a);
+                b = fma((b - mean) * scale, gain_b, shift_b);
+            }
+            store2(packed + j * rows + r * kStep, a, b);
+        });
+    }
+}
+
+template <class T>
+void pack(const Linear& call, void* packed) {
+    float* to = static_cast<float*>(packed);
+    const int64_t tile = tile_rows(call.rows);
+    for (int64_t row = 0; row < call.rows; row += tile) {
+        const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
+        pack_tile<T>(call, row, rows, to + row * steps_of(call.k) * kStep);
+    }
+}
+
+// totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it. The same columns of the lines
+// `ahead` are asked for; null where another tile of rows does that.
+template <int R, int O, class T>
+void dots(const float* x, const T* const* lines, const char* const* ahead, int64_t columns, bool first, Vec* totals) {
+    constexpr int64_t kBytes = kStep * static_cast<int64_t>(sizeof(T));
+    Vec sums[R * O];
+    const T* w[O];
+    const char* fetch[O];
+#pragma GCC unroll 32
+    for (int i = 0; i < R * O; ++i) sums[i] = Vec{};
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) {
+        w[o] = lines[o];
+        fetch[o] = ahead ? ahead[o] : nullptr;
+    }
+    const auto multiply = [&](int64_t j, auto read) __attribute__((always_inline)) {
+        Vec a[O], b[O];
+#pragma GCC unroll 4
+        for (int o = 0; o < O; ++o) read(w[o] + j, a[o], b[o]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const float* p = x + j * R + r * kStep;
+            const Vec columns_a = load(p), columns_b = load(p + W);
+#pragma GCC unroll 4
+            for (int o = 0; o < O; ++o) sums[r * O + o] = fma(a[o], columns_a, sums[r * O + o]);
+#pragma GCC unroll 4
+            for (int o = 0; o < O; ++o) sums[r * O + o] = fma(b[o], columns_b, sums[r * O + o]);
+        }
+    };
+    const auto whole_step = [](const T* p, Vec& a, Vec& b) __attribute__((always_inline)) { load2(p, a, b); };
+    const int64_t whole = columns / kStep * kStep;
+    if (ahead) {
+        for (int64_t j = 0; j < whole; j += kStep) {
+            const int64_t at = j * static_cast<int64_t>(sizeof(T));
+            if (kBytes >= 64 || at % 64 == 0) {
+#pragma GCC unroll 4
+                for (int o = 0; o < O; ++o)
+#pragma GCC unroll 4
+                    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(fetch[o] + at + line, 0, 2);
+            }
+            multiply(j, whole_step);
+        }
+    } else {
+        for (int64_t j = 0; j < whole; j += kStep) multiply(j, whole_step);
+    }
+    if (whole < columns)
+        multiply(whole, [&](const T* p, Vec& a, Vec& b)
+                            __attribute__((always_inline)) { load2_some(p, columns - whole, a, b); });
+#pragma GCC unroll 32
+    for (int i = 0; i < R * O; ++i) totals[i] = first ? sums[i] : totals[i] + sums[i];
+}
+
+template <class T>
+using Dots = void (*)(const float*, const T* const*, const char* const*, int64_t, bool, Vec*);
+
+template <int O, class T, int R = kMostTileRows>
+BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
+    // a tile has about as many rows as the others of its call
+    if constexpr (outputs_beside(R) == O || outputs_beside(R + 3) == O)
+        if (rows == R) return dots<R, O, T>;
+    if constexpr (R > 1) return dots_for<O, T, R - 1>(rows);
+    return nullptr;
+}
+
+// y -> out of one row: bias, GELU, residual and the one rounding.
+template <class T>
+BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int64_t count, const float* y) {
+    const T* bias = call.bias ? static_cast<const T*>(call.bias) + first : nullptr;
+    const T* residual =
+        call.residual ? static_cast<const T*>(call.residual) + row * call.residual_stride + first : nullptr;
+    T* out = static_cast<T*>(call.out) + row * call.out_stride + first;
+    for (int64_t i = 0; i < count; i += W) {
+        const int64_t left = count - i < W ? count - i : W;
+        const auto read = [&](const T* p) __attribute__((always_inline)) {
+            if (left == W) return widen(p);
+            T some[W] = {};
+            __builtin_memcpy(some, p, left * sizeof(T));
+            return widen(some);
+        };
+        Vec v = load(y + i);
+        if (bias) v += read(bias + i);
+        if (call.gelu) v = gelu(v);
+        if (residual) v += read(residual + i);
+        if (left == W) {
+            narrow(out + i, v);
+        } else {
+            T some[W];
+            narrow(some, v);
+            __builtin_memcpy(out + i, some, left * sizeof(T));
+        }
+    }
+}
+
+template <int O, class T>
+BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t first, int64_t last, Ahead next) {
+    const T* weight = static_cast<const T*>(call.weight);
+    const int64_t tile = tile_rows(call.rows), row_elements = steps_of(call.k) * kStep;
+    const int64_t blocks = (last - first + O - 1) / O;
+    const int64_t pieces = (call.k + kMostPiece<T> - 1) / kMostPiece<T>;
+    const int64_t piece = pieces ? (steps_of(call.k) + pieces - 1) / pieces * kStep : 0;
+    Vec totals[kMostLinearRows * kLine];  // (block, row, O)
+    if (!pieces)
+        for (Vec& total : totals) total = Vec{};
+    // several tiles of rows do not fit in the L1 for all columns: one piece of them is taken through all blocks
+    const bool by_piece = call.rows > tile;
+    const auto lines_of = [&](int64_t at, const T** lines) __attribute__((always_inline)) {
+        const int64_t b = by_piece ? at % blocks : at / pieces, p = by_piece ? at / blocks : at % pieces;
+        for (int o = 0; o < O; ++o) {
+            const int64_t line = first + b * O + o < last ? first + b * O + o : last - 1;
+            lines[o] = weight + line * call.weight_stride + p * piece;
+        }
+        return b * pieces + p;
+    };
+    const T* lines[O];
+    const T* following[O];
+    int64_t at = 0, place = lines_of(0, lines);
+    lines_of(0, following);
+    while (at < blocks * pieces) {
+        const char* ahead[O];
+        int64_t following_place = 0;
+        if (++at < blocks * pieces) following_place = lines_of(at, following);
+        for (int o = 0; o < O; ++o)
+            ahead[o] = at < blocks * pieces || !next.first ? reinterpret_cast<const char*>(following[o])
+                                                           : next.first + o * next.stride;
+        const int64_t b = place / pieces, p = place % pieces, from = p * piece;
+        const int64_t columns = call.k - from < piece ? call.k - from : piece;
+        for (int64_t row = 0; row < call.rows; row += tile) {
+            const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
+            dots_for<O, T>(rows)(x + row * row_elements + from * rows, lines, row ? nullptr : ahead, columns, p == 0,
+                                 totals + (b * call.rows + row) * O);
+        }
+        for (int o = 0; o < O; ++o) lines[o] = following[o];
+        place = following_place;
+    }
+    const int64_t count = blocks * call.rows * O;
+    float sums[kMostLinearRows * kLine], y[kMostLinearRows * kLine];
+    for (int64_t i = 0; i < count; i += W) {
+        Vec some[W];
+#pragma GCC unroll 16
+        for (int l = 0; l < W; ++l) some[l] = totals[i + l];  // beyond `count` are sums that nobody reads
+        store(sums + i, sum_each(some));
+    }
+    const float* sum = sums;
+    for (int64_t b = 0; b < blocks; ++b)
+        for (int64_t row = 0; row < call.rows; ++row, sum += O)
+#pragma GCC unroll 4
+            for (int o = 0; o < O; ++o) y[row * kLine + b * O + o] = sum[o];
+    for (int64_t row = 0; row < call.rows; ++row) finish<T>(call, row, first, last - first, y + row * kLine);
+}
+
+template <class T>
+void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
+    const float* packed = static_cast<const float*>(packed_);
+    constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
+    if (block(call.rows) == kFew)
+        multiply_by<kFew, T>(call, packed, first, last, next);
+    else
+        multiply_by<kMany, T>(call, packed, first, last, next);
+}
+
+}  // namespace
+
+#define BARK_FAST_LINEAR(T) {packed_bytes, pack<T>, multiply<T>, block}
+extern const LinearKernelTable linear_kernels;
+const LinearKernelTable linear_kernels = {BARK_FAST_LINEAR(float), BARK_FAST_LINEAR(Half), BARK_FAST_LINEAR(Brain)};
+
+}  // namespace BARK_FAST_ISA
+}  // namespace bark_fast
