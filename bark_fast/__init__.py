@@ -3,6 +3,7 @@
 import bark_fast
 bark = bark_fast.Bark.from_pretrained("suno/bark-small")
 bark.generate("Hello there.", voice="v2/en_speaker_6", seed=0).save("hello.wav")
+bark_fast.patch(model)  # or make the transformers BarkModel or suno bark you have fast in place
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bark_fast.errors import (
     HubUnreachable,
     InvalidInput,
     InvalidVoice,
+    NotCovered,
     OutputError,
     TextTooLong,
 )
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from bark_fast.audio import Audio, Tokens
     from bark_fast.backends import backends
     from bark_fast.make_checkpoint import make_checkpoint
+    from bark_fast.patching import PatchReport, is_patched, patch, patch_report, patched, unpatch
     from bark_fast.pipeline import Bark
     from bark_fast.progress import Progress
     from bark_fast.text import split_text
@@ -42,7 +45,9 @@ __all__ = [
     "HubUnreachable",
     "InvalidInput",
     "InvalidVoice",
+    "NotCovered",
     "OutputError",
+    "PatchReport",
     "Progress",
     "SamplingParams",
     "TextTooLong",
@@ -50,20 +55,31 @@ __all__ = [
     "Voice",
     "__version__",
     "backends",
+    "is_patched",
     "make_checkpoint",
+    "patch",
+    "patch_report",
+    "patched",
     "split_text",
+    "unpatch",
 ]
 
 # torch takes seconds to import; what needs it is imported when it is first asked for
 _HOMES = {
     "Audio": "audio",
     "Bark": "pipeline",
+    "PatchReport": "patching",
     "Progress": "progress",
     "Tokens": "audio",
     "Voice": "voices",
     "backends": "backends",
+    "is_patched": "patching",
     "make_checkpoint": "make_checkpoint",
+    "patch": "patching",
+    "patch_report": "patching",
+    "patched": "patching",
     "split_text": "text",
+    "unpatch": "patching",
 }
 
 

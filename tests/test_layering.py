@@ -15,7 +15,7 @@ PACKAGE = Path(bark_fast.__file__).parent
 
 FLOORS = {
     "cli": 7,
-    "pipeline": 6, "progress": 6, "device": 6, "randomness": 6, "options": 6, "loading": 6,
+    "pipeline": 6, "patching": 6, "progress": 6, "device": 6, "randomness": 6, "options": 6, "loading": 6,
     "stages": 5,
     "engine": 4,
     "modules": 3,

@@ -67,8 +67,9 @@ class EagerRunner:
     """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
     Each model runs where its weights are. max_sequences: how many can be open at once in one model, each as
-    long as its context. A model may be None if no work names it. cache_bytes: bounds the pages of both models. offload_to: the weights stay on the host
-    and those of the model that runs come to this device; give the scheduler `Limits(one_model=True)`.
+    long as its context. A model may be None if no work names it. cache_bytes: bounds the pages of both models.
+    offload_to: the weights stay on the host and those of the model that runs come to this device; give the
+    scheduler `Limits(one_model=True)`.
     """
 
     def __init__(

@@ -30,13 +30,8 @@ class PatchReport:
             for entry in entries:
                 groups.setdefault((entry.kind, entry.what), []).append(entry.name)
             for (kind, what), names in groups.items():
-                which = (
-                    names[0] or "the model itself"
-                    if len(names) == 1
-                    else f"{names[0]} and {len(names) - 1} more"
-                )
+                which = (names[0] or "itself") + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 lines.append(f"{title}: {kind} ({which}): {what}")
-        lines.append(
-            f"weights copied: {self.copied_bytes / 1e6:.1f} MB" if self.copied_bytes else "weights shared"
-        )
+        copied = f"{self.copied_bytes / 1e6:.1f} MB copied" if self.copied_bytes else "shared"
+        lines.append(f"weights: {copied}")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Our transformers around somebody else's parameters: the very same Parameter objects, unless a dtype is asked for."""
+"""Our transformers around somebody else's Parameter objects, or around copies where a dtype is asked for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bound(Generic[Model]):
     def __init__(self, config: GPTConfig, parameters: Parameters, dtype: torch.dtype | None) -> None:
         first = next(iter(parameters.values()))
         self.dtype, self.device = dtype or first.dtype, first.device
-        self._theirs, self._versions = parameters, _versions(parameters)
+        self._theirs = parameters
         with torch.device("meta"):
             self.model: Model = FineGPT(config) if isinstance(config, FineConfig) else GPT(config)  # type: ignore[assignment]
         self.copied_bytes = 0
@@ -48,17 +48,18 @@ class Bound(Generic[Model]):
                 held = copies[id(parameter)]
             path, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(path), leaf, held)
+        self._versions = _versions(parameters, self.copied_bytes > 0)
         self.model.eval()
 
     def holds(self, parameters: Parameters, dtype: torch.dtype | None) -> bool:
-        """Whether this is still what `bind` would make: the same tensors in the same place, unchanged if copied."""
+        """Whether `bind` would make the same: tensors of the same place, and unchanged if they were copied."""
         first = next(iter(parameters.values()))
         if (dtype or first.dtype, first.device) != (self.dtype, self.device):
             return False
         same = parameters.keys() == self._theirs.keys() and all(
             parameter is self._theirs[name] for name, parameter in parameters.items()
         )
-        return same and (not self.copied_bytes or _versions(parameters) == self._versions)
+        return same and _versions(parameters, self.copied_bytes > 0) == self._versions
 
 
 def bind(
@@ -72,7 +73,7 @@ def bind(
 
 
 def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Parameters:
-    """Their parameters under our names. Raises `NotCovered` where a layer was replaced, is hooked or does not fit."""
+    """Their parameters under our names. Raises `NotCovered` where a layer was replaced, hooked or misfits."""
     found: Parameters = {}
     for ours, shape in gpt_shapes(config).items():
         path, _, leaf = names(ours).rpartition(".")
@@ -97,7 +98,7 @@ def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Paramet
 
 
 def why_not_plain(module: nn.Module) -> str | None:
-    """None if `module` is a layer of torch or suno's LayerNorm, and nothing hooks into it; else what is the matter."""
+    """None for a layer of torch, or suno's LayerNorm, that nothing hooks into; else what is the matter."""
     kind = type(module)
     if kind not in _PLAIN and (kind.__module__, kind.__name__) != ("bark.model", "LayerNorm"):
         return f"which is a {kind.__name__}"
@@ -110,6 +111,6 @@ def why_not_plain(module: nn.Module) -> str | None:
     return None
 
 
-def _versions(parameters: Parameters) -> list[tuple[int, int]]:
-    """Changes whenever a tensor is written to or replaced in place."""
-    return [(p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters.values()]
+def _versions(parameters: Parameters, contents: bool) -> list[tuple[int, int]]:
+    """Where each tensor lies, and, with `contents`, a number that changes when it is written to."""
+    return [(p.data_ptr(), p._version if contents and not p.is_inference() else 0) for p in parameters.values()]

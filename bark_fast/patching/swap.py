@@ -1,15 +1,17 @@
 """Replacing the class of single objects, and undoing it: nothing but `type(module)` changes.
 
-A fast class is a subclass of the object's own class, made once for each pair of classes and named as the original,
-so isinstance, state_dict and what transformers writes into config.json stay as they were. It is found nowhere by
-name: pickle and deepcopy make it anew from the original class and the mixin, which both are.
+A fast class is a subclass of the object's own class, made once for each pair of classes and named as the
+original, so isinstance, state_dict and what transformers writes into config.json stay as they were. It is found
+nowhere by name: pickle and deepcopy make it anew from the original class and the mixin, which both are.
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import cache
-from types import MethodType
+from collections.abc import Callable
+from functools import cache, wraps
+from threading import RLock
+from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -44,17 +46,18 @@ class Policy:
 
 
 class State:
-    """What a patched object keeps. Copies and pickles of it keep the policy, and nothing else."""
+    """What a patched object keeps. Copies and pickles of it keep the policy, and nothing else.
+
+    cache: what the mixin made and can make again. lock: held by the thread that runs the engine.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.cache: dict[str, Any] = {}
+        self.lock = RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"policy": self.policy}
-
-    def __setstate__(self, content: dict[str, Any]) -> None:
-        self.policy, self.cache = content["policy"], {}
+    def __reduce__(self) -> Any:
+        return State, (self.policy,)
 
 
 class Patched:
@@ -86,17 +89,31 @@ def fast_class(original: type, mixin: type) -> type:
 
 @cache
 def _fast_class(original: type, mixin: type) -> type:
-    return type(
-        original.__name__,
-        (mixin, original),
-        {
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__doc__": original.__doc__,
-            "_bark_fast_original": original,
-            "_bark_fast_mixin": mixin,
-        },
-    )
+    methods = {
+        name: _in_place_of(getattr(original, name), function)
+        for base in reversed(mixin.__mro__)
+        for name, function in vars(base).items()
+        if issubclass(base, Patched) and isinstance(function, FunctionType) and not name.startswith("__")
+        if hasattr(original, name)
+    }
+    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    own = {"_bark_fast_original": original, "_bark_fast_mixin": mixin}
+    return type(original.__name__, (mixin, original), {**names, **own, **methods})
+
+
+def _in_place_of(original: Callable[..., Any], function: FunctionType) -> Callable[..., Any]:
+    """`function` with the signature and docstring of the method it overrides.
+
+    A bound method may outlive the patch, kept by a hook or the caller: it then does what the object now does.
+    """
+
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_fast(self):
+            return getattr(type(self), function.__name__)(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    return method
 
 
 def swap(module: nn.Module, mixin: type[Patched], policy: Policy) -> None:

@@ -1,0 +1,127 @@
+"""`patch` and its company: somebody else's Bark made fast in place, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from bark_fast.errors import InvalidInput
+from bark_fast.modules.codec import Codec
+from bark_fast.modules.fine import FineGPT
+from bark_fast.modules.gpt import GPT
+from bark_fast.ops.norm_linear import FLOATING
+from bark_fast.patching import hf
+from bark_fast.patching.report import Entry, PatchReport
+from bark_fast.patching.swap import STATE, Patched, Policy, State, is_fast, restore, swap
+
+T = TypeVar("T")
+OURS = (GPT, FineGPT, Codec)
+
+
+def patch(
+    obj: T,
+    *,
+    engine: bool = True,
+    dtype: str | torch.dtype | None = None,
+    rng: Literal["torch", "philox"] = "torch",
+    strict: bool = False,
+) -> T:
+    """Make somebody else's Bark fast in place, with the same output; returns `obj`.
+
+    obj: a transformers `BarkModel`, or its semantic, coarse or fine model alone. Single objects change their
+        class for a subclass of it; weights are shared, nothing in torch or transformers is replaced, other
+        models stay as they are. Patching again takes the new options.
+    engine: True runs whole stages of `generate` in bark_fast's engine; False replaces layers only.
+    dtype: of the weights the engine runs with, "float32", "float16" or "bfloat16": copies, unless the model
+        has that dtype. None shares the model's own.
+    rng: "torch" draws from torch's generators as the original does: the same seed gives the same tokens.
+        "philox" seeds bark_fast's own noise from them, which needs no host on a GPU: other tokens, as random.
+    strict: raise `NotCovered` where a call is left to the original code; otherwise it is, with one warning.
+
+    Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
+    """
+    policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict))
+    target = _module_of(obj)
+    if isinstance(target, OURS):
+        return obj
+    chosen = hf.targets(target, policy)
+    unpatch(obj)
+    done: list[nn.Module] = []
+    try:
+        for module, mixin in chosen:
+            swap(module, mixin, policy)
+            done.append(module)
+    except BaseException:
+        for module in done:
+            restore(module)
+        raise
+    return obj
+
+
+def unpatch(obj: T) -> T:
+    """Undo `patch`: every class is the one it was. Returns `obj`, which need not be patched."""
+    for module in _module_of(obj).modules():
+        restore(module)
+    return obj
+
+
+@contextmanager
+def patched(obj: T, **options: Any) -> Iterator[T]:
+    """`patch(obj, **options)` within a `with`; afterwards `obj` is as it was before, patched or not."""
+    target = _module_of(obj)
+    before: list[tuple[nn.Module, type[Patched], State]] = [
+        (module, module._bark_fast_mixin, module.__dict__[STATE])
+        for module in target.modules()
+        if isinstance(module, Patched)
+    ]
+    patch(obj, **options)
+    try:
+        yield obj
+    finally:
+        unpatch(obj)
+        for module, mixin, state in before:
+            swap(module, mixin, state.policy)
+            module.__dict__[STATE] = state
+
+
+def is_patched(obj: object) -> bool:
+    """Whether any part of `obj` is replaced."""
+    return any(map(is_fast, _module_of(obj).modules()))
+
+
+def patch_report(obj: object) -> PatchReport:
+    """What runs fast in `obj` as it is now, what is left to the original code and why; `print` shows it."""
+    target = _module_of(obj)
+    if isinstance(target, OURS):
+        entry = Entry("", type(target).__name__, "bark_fast's own, fast as it is")
+        return PatchReport((), (entry,))
+    return hf.report_of(target)
+
+
+def _module_of(obj: object) -> nn.Module:
+    """The module that `obj` is, or that torch.compile wrapped. Raises TypeError for what is no Bark."""
+    inner = getattr(obj, "_orig_mod", obj)  # torch.compile(model)
+    if isinstance(inner, nn.Module) and (isinstance(inner, OURS) or hf.is_hf_bark(inner)):
+        return inner
+    kind = "a module" if isinstance(obj, ModuleType) else type(obj).__name__
+    raise TypeError(
+        f"cannot patch {kind}: give a transformers BarkModel, its semantic, coarse_acoustics or fine_acoustics"
+    )
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if (found is not None and found not in FLOATING) or (dtype is not None and found is None):
+        raise InvalidInput(f"dtype is {dtype!r}; choose float32, float16, bfloat16, or None: the model's")
+    return found
+
+
+def _rng(rng: str) -> str:
+    if rng not in ("torch", "philox"):
+        raise InvalidInput(f"rng is {rng!r}; choose 'torch' or 'philox'")
+    return rng
