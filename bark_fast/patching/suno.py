@@ -7,24 +7,21 @@ to ours while patched. Whoever took one of ours along calls the original through
 from __future__ import annotations
 
 import inspect
-import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import update_wrapper
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import nn
 
-from bark_fast.checkpoint.files import open_torch
-from bark_fast.errors import CheckpointError, NotCovered
+from bark_fast.errors import NotCovered
 from bark_fast.patching.report import Entry, PatchReport
 from bark_fast.patching.suno_engine import autocast_dtype
+from bark_fast.patching.suno_files import opening_suno_files
 from bark_fast.patching.suno_modules import targets
 from bark_fast.patching.suno_stages import Refused, SunoStages
 from bark_fast.patching.swap import STATE, Policy, is_fast, restore, swap
@@ -66,6 +63,21 @@ def unpatch_module(module: ModuleType) -> None:
         del generation.__dict__[STATE]
 
 
+@contextmanager
+def patched_module(module: ModuleType) -> Iterator[None]:
+    """Whatever is patched within, afterwards `module` is as it was before, patched or not."""
+    generation = _checked(module)
+    before: ModulePatch | None = generation.__dict__.get(STATE)
+    policy = before.policy if before is not None else None
+    try:
+        yield
+    finally:
+        if policy is not None:
+            patch_module(module, policy)
+        else:
+            unpatch_module(module)
+
+
 def is_module_patched(module: ModuleType) -> bool:
     """Whether `patch_module` is in force."""
     generation = _generation_of(module)
@@ -76,9 +88,7 @@ def report_of(module: ModuleType) -> PatchReport:
     """What is replaced. Bytes are those held at present: copies are made when a stage first runs."""
     generation = _checked(module)
     patch: ModulePatch | None = generation.__dict__.get(STATE)
-    if patch is None:
-        raise NotCovered(f"a report on {module.__name__}, which is not patched")
-    return patch.report()
+    return (patch or ModulePatch(generation, Policy(True, None, "torch", False))).report()
 
 
 class ModulePatch:
@@ -137,11 +147,8 @@ class ModulePatch:
             "_load_model": "reads files without running what is pickled in them",
         }
         replaced = [Entry(f"{name}.{one}", "function", what[one]) for one in self.ours]
-        left = [
-            Entry(f"{name}.{one}", "function", "is no plain function")
-            for one in REPLACED
-            if one not in self.ours
-        ]
+        reason = "is no plain function" if self.ours else "not patched"
+        left = [Entry(f"{name}.{one}", "function", reason) for one in REPLACED if one not in self.ours]
         return PatchReport(tuple(replaced), tuple(left), self.stages.models.copied_bytes)
 
     def _stage(self, original: Function, method: Function) -> Function:
@@ -180,13 +187,7 @@ class ModulePatch:
         def _load_model(*args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return original(*args, **kwargs)
-            # suno's own code, in which `torch` is one that opens suno's files
-            names = {**original.__globals__, "torch": _Torch(original.__globals__.get("torch", torch))}
-            load = FunctionType(
-                original.__code__, names, original.__name__, original.__defaults__, original.__closure__
-            )
-            load.__kwdefaults__ = original.__kwdefaults__
-            loaded = load(*args, **kwargs)
+            loaded = opening_suno_files(original)(*args, **kwargs)
             if not self.policy.engine:
                 self._fast_blocks([loaded])
             return loaded
@@ -211,29 +212,6 @@ class ModulePatch:
         for block in list(self.swapped):
             restore(block)
         self.swapped.clear()
-
-
-class _Torch:
-    """torch with a `load` that opens suno's files: besides tensors they hold a numpy scalar, the loss.
-
-    Since torch 2.6 `torch.load` refuses that. What is anything else goes to torch's own.
-    """
-
-    def __init__(self, torch: Any) -> None:
-        self._torch = torch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._torch, name)
-
-    def load(self, file: Any, *args: Any, **options: Any) -> Any:
-        """`torch.load`, whose arguments these are."""
-        if isinstance(file, (str, os.PathLike)) and not args and options.keys() <= {"map_location"}:
-            with suppress(CheckpointError):
-                content = open_torch(Path(file))
-                if isinstance(loss := content.get("best_val_loss"), (int, float)):
-                    content["best_val_loss"] = np.float64(loss)  # suno calls .item()
-                return content
-        return self._torch.load(file, *args, **options)
 
 
 def _arguments(

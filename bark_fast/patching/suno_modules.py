@@ -10,9 +10,11 @@ from torch.nn.modules import module as hooks
 
 from bark_fast.ops.attention import attention
 from bark_fast.ops.mlp import layernorm_gelu_mlp
-from bark_fast.ops.norm_linear import FLOATING, linear_residual, norm_linear
+from bark_fast.ops.norm_linear import linear_residual, norm_linear
+from bark_fast.patching.conditions import tracing, why_not_now
+from bark_fast.patching.report import Entry, PatchReport
 from bark_fast.patching.shared import why_not_plain
-from bark_fast.patching.swap import Patched
+from bark_fast.patching.swap import Patched, is_fast
 
 _MODELS = {("bark.model", "GPT"), ("bark.model_fine", "FineGPT")}
 _BLOCKS = {("bark.model", "Block"), ("bark.model_fine", "FineBlock")}
@@ -36,6 +38,19 @@ def targets(obj: nn.Module) -> list[tuple[str, nn.Module, type[Patched]]]:
     }
     named = ((name, module, mixins.get(_name(type(module)))) for name, module in obj.named_modules())
     return [(name, module, mixin) for name, module, mixin in named if mixin is not None]
+
+
+def report_of(obj: nn.Module) -> PatchReport:
+    """Which blocks of a suno model run fast as they are now, and why others do not."""
+    replaced: list[Entry] = []
+    left: list[Entry] = []
+    for name, block, _ in targets(obj):
+        reason = (why_not_suno(block, within=True) if is_fast(block) else "not patched") or (
+            "training mode" if block.training else None
+        )
+        entry = Entry(name, type(block).__name__, reason or "fused attention, LayerNorm and MLP")
+        (left if reason else replaced).append(entry)
+    return PatchReport(tuple(replaced), tuple(left))
 
 
 class FastSunoBlock(Patched):
@@ -64,7 +79,7 @@ class FastSunoFineBlock(Patched):
     """`bark.model_fine.FineBlock` in fewer passes over memory."""
 
     def forward(self, x: Tensor) -> Any:
-        if not torch.compiler.is_compiling():
+        if not tracing():
             reason = _why_not_here(self, x)
             if reason is None:
                 return _finish(self, x, attention(*_project(self, x), causal=False))
@@ -130,27 +145,16 @@ def _why_not_module(module: nn.Module | None, hooked: bool) -> str | None:
 
 def _why_not_here(block: Any, x: Tensor) -> str | None:
     """None if a call of `block` on `x` is plain inference."""
-    if block.training:
-        return "training mode"
-    if type(x) is not Tensor or x.dim() != 3 or not x.numel() or x.dtype not in FLOATING:
-        return "an input that is no (batch, time, n_embd) tensor of a floating dtype"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast"
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
-        return "tracing and function transforms"
+    if type(x) is not Tensor or x.dim() != 3 or not x.numel():
+        return "an input that is no (batch, time, n_embd) tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "function transforms"
     if reason := why_not_suno(block, within=True):
         return reason
-    if x.shape[-1] != block.attn.n_embd:
+    attn, mlp = block.attn, block.mlp
+    if x.shape[-1] != attn.n_embd:
         return f"an input {x.shape[-1]} wide"
-    wants_grad = torch.is_grad_enabled()
-    if wants_grad and x.requires_grad:
-        return "gradients"
-    for weight in block.parameters():
-        if weight.dtype != x.dtype or weight.device != x.device:
-            return f"a weight of {weight.dtype} on {weight.device} for {x.dtype} on {x.device}"
-        if wants_grad and weight.requires_grad:
-            return "gradients (use torch.no_grad or inference_mode)"
-    return None
+    return why_not_now(block, x, (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj))
 
 
 def _why_not_past(block: Any, x: Tensor, past_kv: Any) -> str | None:
