@@ -42,16 +42,17 @@ def is_suno_module(obj: object) -> bool:
 def patch_module(module: ModuleType, policy: Policy) -> None:
     """Patch what `module` belongs to; what is patched already gets the new policy."""
     generation = _checked(module)
-    patch: ModulePatch | None = generation.__dict__.get(STATE)
-    if patch is None:
-        patch = ModulePatch(generation, policy)
-        generation.__dict__[STATE] = patch
-        try:
+    known: ModulePatch | None = generation.__dict__.get(STATE)
+    patch = known or ModulePatch(generation, policy)
+    try:
+        if known is None:
+            generation.__dict__[STATE] = patch
             patch.install()
-        except BaseException:
+        patch.obey(policy)
+    except BaseException:
+        if known is None:
             unpatch_module(module)
-            raise
-    patch.obey(policy)
+        raise
 
 
 def unpatch_module(module: ModuleType) -> None:
