@@ -31,7 +31,7 @@ SEMANTIC = {
     "cached": {"use_kv_caching": True},
     "never-ending": {"allow_early_stop": False},
     "never-ending-top_p": {"allow_early_stop": False, "top_p": 0.9, "min_eos_p": 0.5},
-    "often-ending": {"min_eos_p": 3e-5, "max_gen_duration_s": 4.0},
+    "often-ending": {"min_eos_p": 1e-5, "max_gen_duration_s": 4.0},
     "unforced": {"min_eos_p": None, "temp": 1.5},
     "at-once": {"max_gen_duration_s": 0},
 }
@@ -48,10 +48,12 @@ def test_semantic_arguments(generation, options):
 
 
 def test_the_often_ending_case_ends(generation):
+    """Or the cases above would not show that EOS is drawn, and forced, where suno does."""
     with bark_fast.patched(generation):
-        torch.manual_seed(0)
-        options = {**SEMANTIC["often-ending"], "silent": True}
-        assert len(generation.generate_text_semantic(TEXT, **options)) < 150
+        for seed, most in ((0, 120), (1, 180)):
+            torch.manual_seed(seed)
+            options = {**SEMANTIC["often-ending"], "silent": True}
+            assert len(generation.generate_text_semantic(TEXT, **options)) < most
 
 
 @pytest.mark.parametrize("text", ["a", "  \n Zwei\tWorte ", "no end " * 200, "¡Olé! 你好"])
