@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from bark_fast.ops.norm_linear import FLOATING
 from bark_fast.patching.shared import why_not_plain
@@ -16,14 +17,23 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or bool(torch._C._get_tracing_state())
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether anything below `module` has a forward hook, or a forward of its own as accelerate gives one."""
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
+    inner = module.modules()
+    next(inner)
+    return any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in inner)
+
+
 def why_not_now(module: nn.Module, x: Tensor, layers: Iterable[nn.Module]) -> str | None:
     """None if `module` may run fast on `x` through its plain `layers`; else the reason, in the user's words."""
     if module.training:
         return "training mode"
+    if x.dtype not in FLOATING or x.is_meta:
+        return f"{x.dtype} on {x.device}"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
-    if x.dtype not in FLOATING:
-        return f"{x.dtype}"
     wants_gradients = torch.is_grad_enabled()
     if wants_gradients and x.requires_grad:
         return "gradients"

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bark_fast.ops.attention import attention
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import linear_residual, norm_linear
-from bark_fast.patching.conditions import tracing, why_not_now
+from bark_fast.patching.conditions import is_hooked, tracing, why_not_now
 from bark_fast.patching.swap import Patched
 
 _UNDERSTOOD = {
@@ -47,6 +47,8 @@ def standing_reason(block: Any) -> str | None:
         return f"attention of class {kind}"
     if type(block.mlp.gelu) is not nn.GELU or block.mlp.gelu.approximate != "none":
         return f"an activation other than the exact GELU, {block.mlp.gelu}"
+    if is_hooked(block):
+        return "a layer with a hook"
     # the question is not how a call may go, only what the layers are
     x = next(block.parameters(), torch.empty(0)).detach()
     with torch.no_grad():
@@ -71,9 +73,8 @@ def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     mask = kwargs.get("attention_mask")
     if mask is not None and not (mask.dim() == 4 and mask.is_floating_point()):
         return f"an attention mask of {mask.dtype} with {mask.dim()} dimensions"
-    for module in (block.attn, block.mlp):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return "a hook"
+    if is_hooked(block):
+        return "a layer with a hook"
     if type(block.attn).__name__ != "BarkSelfAttention" or type(block.mlp.gelu) is not nn.GELU:
         return standing_reason(block)
     return why_not_now(block, x, _layers(block))

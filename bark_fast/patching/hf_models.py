@@ -18,7 +18,7 @@ from bark_fast.config import FineConfig, GPTConfig, ModelName
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
-from bark_fast.patching.conditions import tracing
+from bark_fast.patching.conditions import is_hooked, tracing
 from bark_fast.patching.decoding import Decoder, Rows, Stage
 from bark_fast.patching.hf_rules import Request, request_of
 from bark_fast.patching.shared import Bound, bind
@@ -168,6 +168,7 @@ class FastFine(Patched):
             and not model.training and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(input_ids.device.type)
             and not model.config.output_attentions and not model.config.output_hidden_states
+            and not is_hooked(model)
         )  # fmt: skip
         bound = self._bound_or_none() if covered else None
         if bound is None or input_ids is None or not _fits(bound.model.config, codebook_idx, input_ids):
@@ -251,9 +252,8 @@ def _check_call(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
         raise NotCovered("training mode")
     if torch.is_autocast_enabled(input_ids.device.type):
         raise NotCovered("autocast")
-    for module in (model, *model.layers):
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            raise NotCovered("a hook (accelerate's offloading is one)")
+    if is_hooked(model) or model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+        raise NotCovered("a model with a hook (accelerate's offloading is one)")
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value not in (None, False):
             raise NotCovered(f"{name}=")

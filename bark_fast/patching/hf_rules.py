@@ -20,6 +20,7 @@ _ORDER = (
     "TemperatureLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
+    "LogitNormalization",  # changes nothing: the softmax that follows normalises again
 )
 _OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -48,7 +49,7 @@ def request_of(
         if rank < 0 or any(_ORDER.index(other) >= rank for other in found):
             raise NotCovered(f"the logits processor {name}{' in this place' if rank >= 0 else ''}")
         found[name] = processor
-    suppress, prioritizer, alternating, temperature, top_k, top_p = map(found.get, _ORDER)
+    suppress, prioritizer, alternating, temperature, top_k, top_p, _ = map(found.get, _ORDER)
     windows = _windows(suppress, alternating, vocab_size, prompt)
     if eos is not None and any(eos != high - 1 for _, high in windows):
         raise NotCovered(f"the end token {eos} within the tokens that are drawn")

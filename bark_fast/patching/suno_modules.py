@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from bark_fast.ops.attention import attention
 from bark_fast.ops.mlp import layernorm_gelu_mlp
@@ -107,7 +107,7 @@ def why_not_suno(root: nn.Module, within: bool = False) -> str | None:
 
     within: hooks of `root` itself do not matter, since it is called as a module.
     """
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "calls under global hooks"
     waiting = [root]
     while waiting:

@@ -1,0 +1,239 @@
+"""Forward passes of patched Hugging Face models: masks, caches, embeddings, hidden states, precision."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from patched_twins import both
+from torch.utils._pytree import tree_leaves
+
+import bark_fast
+from bark_fast.errors import NotCovered
+from bark_fast.patching import hf_layers
+
+IDS = torch.arange(1, 25).view(2, 12) * 37 % 9000
+LEFT = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
+RIGHT = torch.tensor([[1] * 12, [1] * 4 + [0] * 8])
+
+
+def close(expected: Any, got: Any, bound: float = 2e-5) -> None:
+    """Outputs of one structure, tensors within `bound`."""
+    theirs, ours = ([x for x in tree_leaves(one) if isinstance(x, torch.Tensor)] for one in (expected, got))
+    assert type(expected) is type(got)
+    assert len(theirs) == len(ours) > 0
+    for a, b in zip(theirs, ours, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert (a - b).abs().max() <= bound
+
+
+def caches_close(expected: Any, got: Any) -> None:
+    for theirs, ours in zip(expected.layers, got.layers, strict=True):
+        close((theirs.keys, theirs.values), (ours.keys, ours.values))
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.ones_like(IDS), LEFT, RIGHT], ids=["none", "ones", "left", "right"]
+)
+@pytest.mark.parametrize("part", ["semantic", "coarse_acoustics"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_causal_logits_and_hidden_states(model, part, mask, use_cache):
+    def call(model):
+        return getattr(model, part)(
+            IDS, attention_mask=mask, output_hidden_states=True, use_cache=use_cache, return_dict=True
+        )
+
+    expected, got = both(model, call)
+    close(expected.logits, got.logits)
+    close(expected.hidden_states, got.hidden_states)
+    if use_cache:
+        caches_close(expected.past_key_values, got.past_key_values)
+
+
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_decoding_over_a_dynamic_cache(model):
+    """Prefill, then one token, then three at once, over the cache of the steps before."""
+
+    def call(model):
+        part, cache, logits = model.semantic, None, []
+        for low, high in ((0, 8), (8, 9), (9, 12)):
+            out = part(IDS[:, low:high], past_key_values=cache, use_cache=True, attention_mask=LEFT[:, :high])
+            cache = out.past_key_values
+            logits.append(out.logits)
+        return logits
+
+    close(*both(model, call))
+
+
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_decoding_over_a_static_cache(model):
+    """A cache as long as the context: their causal mask is cut for its length, and so is ours."""
+    from transformers import StaticCache
+
+    part = model.coarse_acoustics
+
+    def call(model):
+        cache = StaticCache(config=part.config, max_cache_len=32)
+        mask = torch.zeros(2, 1, 1, 32)
+        mask[..., 12:] = torch.finfo(torch.float32).min
+        block, x = part.layers[0], part.input_embeds_layer(IDS)
+        place = {"cache_position": torch.arange(12)} if hf_layers_take("cache_position", block) else {}
+        return block(x, past_key_values=cache, attention_mask=mask, use_cache=True, **place)[0]
+
+    close(*both(model, call))
+
+
+def hf_layers_take(name: str, block: Any) -> bool:
+    """Whether this transformers' block takes the argument."""
+    import inspect
+
+    return name in inspect.signature(type(block).forward).parameters
+
+
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_inputs_embeds(model):
+    import inspect
+
+    part = model.semantic
+    parameters = inspect.signature(part.forward).parameters
+    name = "inputs_embeds" if "inputs_embeds" in parameters else "input_embeds"
+    embeds = part.input_embeds_layer(IDS)
+    close(*both(model, lambda model: model.semantic(**{name: embeds}, use_cache=False).logits))
+
+
+@pytest.mark.parametrize("return_dict", [True, False, None])
+@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("mask", [None, LEFT, RIGHT], ids=["none", "left", "right"])
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_fine(model, return_dict, hidden, mask):
+    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
+
+    def call(model):
+        return [
+            model.fine_acoustics(
+                book, codes, attention_mask=mask, output_hidden_states=hidden, return_dict=return_dict
+            )
+            for book in (2, 7)
+        ]
+
+    close(*both(model, call))
+
+
+@torch.no_grad()
+def test_fine_errors_are_theirs(model):
+    codes = torch.zeros(1, 4, 8, dtype=torch.int64)
+    bark_fast.patch(model)
+    with pytest.raises(ValueError, match="Cannot predict 0th codebook"):
+        model.fine_acoustics(0, codes)
+    with pytest.raises(ValueError, match="specify"):
+        model.fine_acoustics(3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", ["semantic", "fine_acoustics"])
+@torch.no_grad()
+def test_half_precision_errors_are_no_larger_than_theirs(model, dtype, part):
+    """Error against fp64 of logits and of every hidden state, at most twice the unpatched model's."""
+    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
+    arguments = (3, codes) if part == "fine_acoustics" else (IDS,)
+    outputs = {}
+    for kind in (torch.float64, dtype):
+        twin = copy.deepcopy(getattr(model, part)).to(kind)
+        outputs[kind] = twin(*arguments, output_hidden_states=True)
+    with bark_fast.patched(twin):
+        got = twin(*arguments, output_hidden_states=True)
+        fused = twin(
+            *arguments
+        ).logits  # without hidden states the fine model's forward is ours, not only its blocks
+    exact, theirs = outputs[torch.float64], outputs[dtype]
+    pairs = [(exact.logits, theirs.logits, logits) for logits in (got.logits, fused)]
+    pairs += list(zip(exact.hidden_states, theirs.hidden_states, got.hidden_states, strict=True))[1:]
+    for truth, a, b in pairs:
+        error, allowed = (b - truth).abs().max(), 2 * (a - truth).abs().max() + 1e-4
+        assert error <= allowed
+
+
+@torch.no_grad()
+def test_the_tolerance_sees_a_wrong_mask_and_a_wrong_scale(model, monkeypatch):
+    """Mutations: no causal mask beside a padding mask; heads in another order; attention left out."""
+    expected = model.semantic(IDS, attention_mask=LEFT).logits
+    right = {name: getattr(hf_layers, name) for name in ("_bias", "attention", "linear_residual")}
+    mutations = {
+        "_bias": lambda attn, mask, query, key: mask.expand(-1, -1, query.shape[2], -1),
+        "linear_residual": lambda x, weight, residual, bias: right["linear_residual"](
+            x.flip(-1), weight, residual, bias
+        ),
+        "attention": lambda q, k, v, causal: right["attention"](q, k, v, causal=False),
+    }
+    bark_fast.patch(model)
+    for name, wrong in mutations.items():
+        mask = None if name == "attention" else LEFT
+        monkeypatch.setattr(hf_layers, name, wrong)
+        got = model.semantic(IDS, attention_mask=mask).logits
+        monkeypatch.setattr(hf_layers, name, right[name])
+        reference = expected if mask is not None else model.semantic(IDS).logits
+        with pytest.raises(AssertionError):
+            close(reference, got)
+        close(reference, model.semantic(IDS, attention_mask=mask).logits)
+
+
+@torch.no_grad()
+def test_attentions_come_from_the_original(model):
+    def call(model):
+        return model.semantic(IDS, output_attentions=True)
+
+    with pytest.warns(RuntimeWarning, match="output_attentions"):
+        expected, got = both(model, call)
+    close(expected.attentions, got.attentions)
+    bark_fast.patch(model, strict=True)
+    with pytest.raises(NotCovered, match="output_attentions"):
+        call(model)
+
+
+def test_gradients_come_from_the_original(model):
+    """Patched or not, loss.backward() reaches every weight with the same gradient."""
+
+    def call(model):
+        model.semantic.zero_grad()
+        model.semantic(IDS).logits.square().mean().backward()
+        return [p.grad.clone() for p in model.semantic.parameters() if p.grad is not None]
+
+    with pytest.warns(RuntimeWarning, match="gradients"):
+        expected, got = both(model, call)
+    assert len(expected) == len(got) > 10
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@torch.no_grad()
+def test_warnings_come_once_for_a_cause_and_model(model):
+    bark_fast.patch(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model.semantic(IDS, output_attentions=True)
+    assert len([one for one in caught if "output_attentions" in str(one.message)]) == 1
+
+
+@torch.no_grad()
+def test_engine_false_fuses_layers_and_leaves_generate(peer):
+    """Blocks only: tokens equal, and the loops are Hugging Face's own."""
+    expected, got = both(
+        peer.model, lambda _: peer.speak(["Hello."], semantic_max_new_tokens=20)[0], engine=False
+    )
+    assert (expected.coarse == got.coarse).all()
+    bark_fast.patch(peer.model, engine=False)
+    kinds = {
+        type(module).__mro__[1].__name__
+        for module in peer.model.modules()
+        if "Fast" in str(type(module).__mro__)
+    }
+    assert kinds == {"FastBlock"}

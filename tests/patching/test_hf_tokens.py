@@ -1,0 +1,292 @@
+"""A patched BarkModel draws the tokens of an unpatched one, whatever argument its `generate` is given."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from patched_twins import both
+
+import bark_fast
+from bark_fast.errors import InvalidInput, NotCovered
+
+TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
+SHORT = {"semantic_max_new_tokens": 50}
+pytestmark = pytest.mark.usefixtures("hf_peer")
+
+
+def speech_equal(expected, got) -> None:
+    """Tokens equal in all stages; audio within 1e-4."""
+    assert len(expected) == len(got)
+    for theirs, ours in zip(expected, got, strict=True):
+        for stage in ("semantic", "coarse", "fine"):
+            np.testing.assert_array_equal(getattr(ours, stage), getattr(theirs, stage), err_msg=stage)
+        assert ours.samples.shape == theirs.samples.shape
+        assert np.abs(ours.samples - theirs.samples).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": False},
+        {"temperature": 1.3},
+        {"top_k": 5},
+        {"top_k": 0},
+        {"top_p": 0.6},
+        {"temperature": 0.8, "top_k": 30, "top_p": 0.9},
+        {"semantic_temperature": 0.5, "coarse_temperature": 1.4, "fine_temperature": 0.7},
+        {"coarse_do_sample": False, "semantic_top_p": 0.5},
+        {"fine_temperature": None},
+        {"fine_temperature": 1.0},
+        {"min_eos_p": 0.001},
+        {"semantic_min_eos_p": 0.001},
+        {"min_eos_p": 0.5},
+        {"renormalize_logits": True},
+        {"use_cache": False},
+        {"return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_decline")
+def test_arguments(peer, options):
+    speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], **SHORT, **options)))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("gain", [1.0, 8.0], ids=["to-the-limit", "ending-early"])
+@pytest.mark.usefixtures("no_decline")
+def test_batch_with_padding(peer, seed, gain):
+    with torch.no_grad():
+        peer.model.semantic.lm_head.weight[10_000] *= gain
+    expected, got = both(peer.model, lambda _: peer.speak(TEXTS, semantic_max_new_tokens=70), seed)
+    speech_equal(expected, got)
+    lengths = {len(one.semantic) for one in expected}
+    assert len(lengths) > 1 if gain > 1 else lengths == {70}
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_voice(peer, preset):
+    """A history long enough that coarse windows slide from the first."""
+    speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:2], preset, **SHORT)))
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_windows_that_slide(peer):
+    """More than 630 coarse tokens, and a last window shorter than the others."""
+    speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], semantic_max_new_tokens=237)))
+
+
+@pytest.mark.parametrize("lengths", [True, False, None])
+@pytest.mark.usefixtures("no_decline")
+def test_return_output_lengths(model, text, lengths):
+    def call(model):
+        return model.generate(**text(*TEXTS[:2]), return_output_lengths=lengths, **SHORT)
+
+    expected, got = both(model, call)
+    assert type(expected) is type(got)
+    if lengths:
+        assert expected[1] == got[1]
+        expected, got = expected[0], got[0]
+    assert expected.shape == got.shape
+    assert (expected - got).abs().max() <= 1e-4
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_without_mask(model, text):
+    """No attention_mask: padding is text, as far as Bark knows."""
+    ids = text(TEXTS[1])["input_ids"]
+    expected, got = both(model, lambda model: model.generate(ids, **SHORT))
+    assert torch.equal(expected, got)
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_draws_leave_the_generator_where_the_original_does(peer):
+    """What is drawn after a call is the same too."""
+
+    def call(_):
+        peer.speak(TEXTS[:2], **SHORT)
+        return torch.rand(3)
+
+    assert torch.equal(*both(peer.model, call))
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_sub_models_alone(model, text):
+    """Each sub-model patched by itself, through its own generate."""
+    config = model.generation_config
+    from transformers.models.bark.generation_configuration_bark import (
+        BarkCoarseGenerationConfig,
+        BarkFineGenerationConfig,
+        BarkSemanticGenerationConfig,
+    )
+
+    semantic_config = BarkSemanticGenerationConfig(**config.semantic_config)
+    coarse_config = BarkCoarseGenerationConfig(**config.coarse_acoustics_config)
+    fine_config = BarkFineGenerationConfig(**config.fine_acoustics_config)
+    shared = {"semantic_generation_config": semantic_config}
+    expected, semantic = both(
+        model.semantic, lambda part: part.generate(**text(*TEXTS[:2]), **shared, max_new_tokens=40)
+    )
+    assert torch.equal(expected, semantic)
+    assert semantic.dtype == expected.dtype
+    shared["coarse_generation_config"] = coarse_config
+    expected, coarse = both(
+        model.coarse_acoustics,
+        lambda part: part.generate(semantic.clone(), return_output_lengths=True, **shared),
+    )
+    assert torch.equal(expected[0], coarse[0])
+    assert torch.equal(expected[1], coarse[1])
+    fine = both(
+        model.fine_acoustics,
+        lambda part: part.generate(coarse[0].clone(), fine_generation_config=fine_config, **shared),
+    )
+    assert torch.equal(*fine)
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_edits_of_the_generation_config_after_patching_count(peer):
+    def call(model):
+        model.generation_config.coarse_acoustics_config["temperature"] = 1.7
+        model.generation_config.semantic_config["max_new_tokens"] = 33
+        return peer.speak(TEXTS[:1])
+
+    expected, got = both(peer.model, call)
+    speech_equal(expected, got)
+    assert len(got[0].semantic) == 33
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_engine_draws_what_it_says(peer, monkeypatch, count):
+    """The stages really run in the engine: no forward of the original models is called for tokens."""
+    calls = []
+    for part in (peer.model.semantic, peer.model.coarse_acoustics):
+        kind = type(part)
+        monkeypatch.setattr(kind, "forward", lambda *_, **__: calls.append(1))
+    bark_fast.patch(peer.model)
+    peer.speak(TEXTS[:count], **SHORT)
+    assert not calls
+
+
+def test_philox_draws_other_tokens_reproducibly(peer):
+    def call(_):
+        return peer.speak(TEXTS[:2], **SHORT)[0].semantic
+
+    first, second = (both(peer.model, call, rng="philox")[1] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    expected, got = both(peer.model, call, rng="philox")
+    assert (expected != got).any()
+    torch.manual_seed(1)
+    with bark_fast.patched(peer.model, rng="philox"):
+        assert (call(peer.model)[: len(got)] != got[: len(call(peer.model))]).any()
+
+
+def test_engine_dtype_copies_once_and_follows_writes(peer):
+    """Weights of another dtype are a copy: the report counts it, and later writes to the original reach it."""
+    model = peer.model
+    bark_fast.patch(model, dtype="bfloat16")
+    unique = {p.data_ptr(): p.numel() for name, p in model.named_parameters() if not name.startswith("codec")}
+    assert bark_fast.patch_report(model).copied_bytes == 2 * sum(unique.values())
+    first = peer.speak(TEXTS[:1], do_sample=False, **SHORT)[0].semantic
+    with torch.no_grad():
+        model.semantic.lm_head.weight[7] += 100 * model.semantic.lm_head.weight[first[0]]
+    second = peer.speak(TEXTS[:1], do_sample=False, **SHORT)[0].semantic
+    assert second[0] == 7 != first[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+class Streamer:
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        pass
+
+
+def custom_stop(ids, scores, **_):
+    return torch.zeros(len(ids), dtype=torch.bool)
+
+
+UNCOVERED = {
+    "stopping_criteria": ({"semantic_stopping_criteria": [custom_stop]}, "stopping criterion"),
+    "repetition_penalty": ({"semantic_repetition_penalty": 1.3}, "RepetitionPenalty"),
+    "streamer": ({"semantic_streamer": Streamer()}, "streamer"),
+    "typical_p": ({"coarse_typical_p": 0.9}, "Typical"),
+    "output_scores": ({"return_dict_in_generate": True, "output_scores": True}, "output_scores"),
+    "min_new_tokens": ({"semantic_min_new_tokens": 5}, "MinLength"),
+}
+
+
+@pytest.mark.parametrize("case", UNCOVERED)
+def test_what_is_not_covered_goes_to_the_original_with_one_warning(peer, case):
+    options, reason = UNCOVERED[case]
+
+    def call(_):
+        return peer.speak(TEXTS[:1], semantic_max_new_tokens=20, **options)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        speech_equal(*both(peer.model, call))
+    said = [str(one.message) for one in caught if str(one.message).startswith("bark_fast leaves")]
+    assert len(said) == len(set(said))
+    assert any(reason in one for one in said), said
+    bark_fast.patch(peer.model, strict=True)
+    with pytest.raises(NotCovered, match=reason):
+        call(peer.model)
+
+
+def test_training_and_autocast_are_left_alone(peer):
+    peer.model.train()
+    with pytest.warns(RuntimeWarning, match="training mode"):
+        speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], semantic_max_new_tokens=10)))
+    peer.model.eval()
+
+    def call(_):
+        with torch.autocast("cpu", torch.bfloat16):
+            return peer.speak(TEXTS[:1], semantic_max_new_tokens=10)
+
+    with pytest.warns(RuntimeWarning, match="autocast"):
+        speech_equal(*both(peer.model, call))
+
+
+def test_longer_than_the_context_fails_as_the_original_does(peer):
+    """More tokens than positions: theirs runs into an error, and so does the patched one."""
+    for patched in (False, True):
+        if patched:
+            bark_fast.patch(peer.model)
+            with pytest.warns(RuntimeWarning, match="context of 1024"), pytest.raises(IndexError):
+                peer.speak(TEXTS[:1], semantic_max_new_tokens=780)
+        else:
+            with pytest.raises(IndexError):
+                peer.speak(TEXTS[:1], semantic_max_new_tokens=780)
+
+
+def test_nan_weights_say_so_and_leave_nothing_behind(peer):
+    with torch.no_grad():
+        peer.model.coarse_acoustics.layernorm_final.weight.fill_(float("nan"))
+    bark_fast.patch(peer.model)
+    with pytest.raises(RuntimeError, match="NaN"):
+        peer.speak(TEXTS[:1], semantic_max_new_tokens=30)
+    decoder = peer.model.coarse_acoustics.__dict__["_bark_fast"].cache["decoder"]
+    assert decoder.runner.pools["coarse"].pool.stats().pages_used == 0
+    with torch.no_grad():
+        peer.model.coarse_acoustics.layernorm_final.weight.fill_(1.0)
+    peer.speak(TEXTS[:1], semantic_max_new_tokens=30)
+
+
+@pytest.mark.parametrize(
+    "obj", [None, "suno/bark", torch.nn.Linear(2, 2), np, 3], ids=lambda o: type(o).__name__
+)
+def test_wrong_objects_are_named(obj):
+    for function in (bark_fast.patch, bark_fast.unpatch, bark_fast.is_patched, bark_fast.patch_report):
+        with pytest.raises(TypeError, match="BarkModel"):
+            function(obj)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": torch.float64}, {"rng": "numpy"}], ids=str)
+def test_wrong_options_are_named_and_change_nothing(model, options):
+    with pytest.raises(InvalidInput, match="choose"):
+        bark_fast.patch(model, **options)
+    assert not bark_fast.is_patched(model)
