@@ -129,6 +129,7 @@ class ModulePatch:
         self._slow_blocks()
         self.policy = policy
         if not policy.engine:
+            self.stages.models.forget()
             self._fast_blocks(self.generation.models.values())
 
     def report(self) -> PatchReport:
@@ -233,6 +234,7 @@ def _dressed(ours: Function, original: Function) -> Function:
     """`ours` with the name, documentation and signature of `original`, and nothing that leads past it."""
     update_wrapper(ours, original)
     del ours.__wrapped__  # type: ignore[attr-defined]
+    ours.__dict__.update(original.__dict__)  # which may lead on itself
     ours.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     return ours
 

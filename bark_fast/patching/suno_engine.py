@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from types import ModuleType
 from typing import Any, Literal
+from weakref import ReferenceType, ref
 
 import torch
+from torch import nn
 
 from bark_fast.checkpoint.names import gpt_shapes, suno_name
 from bark_fast.config import FineConfig, GPTConfig
@@ -25,10 +28,13 @@ Key = Literal["text", "coarse", "fine"]
 
 
 class Held:
-    """One model in an engine of its own: our module on its parameters, and pages for one utterance."""
+    """One model in an engine of its own: our module on its parameters, and pages for one utterance.
 
-    def __init__(self, key: Key, bound: Bound[Any]) -> None:
-        self.bound = bound
+    theirs: suno's model, which may be freed meanwhile.
+    """
+
+    def __init__(self, key: Key, bound: Bound[Any], theirs: ReferenceType[Any]) -> None:
+        self.bound, self.theirs = bound, theirs
         gpt = bound.model
         self.config: GPTConfig = gpt.config
         self.runner = runner_kind(bound.device)(
@@ -58,7 +64,7 @@ class Held:
 class SunoModels:
     """An engine for each model that `generation.models` holds, made when a call first needs it.
 
-    It lasts as long as the model is the same object with the same parameters, place and dtype.
+    It lasts as long as the model lives and has the same parameters, in the same place and dtype.
     """
 
     def __init__(self, generation: ModuleType) -> None:
@@ -86,6 +92,8 @@ class SunoModels:
         if key not in suno.models:
             suno.preload_models()
         model: Any = suno.models[key]["model"] if key == "text" else suno.models[key]
+        if not isinstance(model, nn.Module):
+            raise NotCovered(f"a {type(model).__name__} in place of a model")
         if reason := why_not_suno(model):
             raise NotCovered(reason)
         config = config_of(model)
@@ -117,8 +125,14 @@ class SunoModels:
             if known is None or known.bound is not bound:
                 known = None
                 self.held.pop(key, None)  # its pages go before new ones come
-                self.held[key] = Held(key, bound)
+                self.held[key] = Held(key, bound, ref(model, partial(self._gone, key)))
             return self.held[key]
+
+    def _gone(self, key: Key, theirs: ReferenceType[Any]) -> None:
+        """suno's model was freed, as `clean_models` does: let its weights go. No lock: any line may free."""
+        held = self.held.get(key)
+        if held is not None and held.theirs is theirs:
+            self.held.pop(key, None)
 
 
 def autocast_dtype(generation: ModuleType, device: torch.device) -> torch.dtype | None:

@@ -135,7 +135,7 @@ def _why_not_module(module: nn.Module | None, hooked: bool) -> str | None:
     where = _name(kind)
     if where not in _SUNO:
         reason = why_not_plain(module)
-        return None if reason is None else f"{name}, {reason}"
+        return None if reason is None else f"a layer {reason}"
     if getattr(kind.forward, "__module__", None) != kind.__module__:
         return f"{name} whose forward was replaced"
     if where in _ATTENTIONS and (part.dropout or not part.flash):

@@ -333,6 +333,57 @@ def test_models_replaced_moved_or_turned_into_another_dtype(generation):
     assert runner() is None, "unpatch frees the pages"
 
 
+def test_models_that_suno_frees_are_free(generation):
+    """`clean_models` gives the memory back, ours of it too."""
+    model = type(generation.models["coarse"])(generation.models["coarse"].config).eval()
+    generation.models["coarse"] = model
+    weight = weakref.ref(model.lm_head.weight)
+    with bark_fast.patched(generation, strict=True):
+        generation.generate_coarse(speech(4), silent=True)
+        held = generation.__dict__[STATE].stages.models.held
+        runner = weakref.ref(held["coarse"].runner)
+        del model
+        generation.clean_models("coarse")
+        assert not held and weight() is None and runner() is None
+
+
+def test_calls_in_and_out_of_inference_mode(generation):
+    with bark_fast.patched(generation, strict=True, dtype="bfloat16"):
+        with torch.inference_mode():
+            generation.generate_coarse(speech(4), silent=True)
+        generation.generate_coarse(speech(4), silent=True)
+        with torch.no_grad():
+            generation.generate_coarse(speech(4), silent=True)
+
+
+@pytest.mark.parametrize("stands_in", ["compiled", "subclass", "no-module"])
+def test_other_models_in_their_place_are_called(generation, stands_in):
+    model, calls = generation.models["coarse"], []
+
+    class Counting(type(model)):
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return super().forward(*args, **kwargs)
+
+    other = Counting(model.config).eval()
+    if stands_in == "compiled":
+        other = torch.compile(other, backend="eager", dynamic=True)
+    if stands_in == "no-module":
+        inner = other
+
+        class Served:
+            parameters = staticmethod(inner.parameters)
+
+            def __call__(self, *args, **kwargs):
+                return inner(*args, **kwargs)
+
+        other = Served()
+    generation.models["coarse"] = other
+    with pytest.warns(RuntimeWarning, match="bark_fast leaves"):
+        equal(*both(generation, "generate_coarse", speech(4), strict=False))
+    assert calls
+
+
 def test_a_dtype_is_a_copy_that_the_report_counts(generation):
     with bark_fast.patched(generation, dtype="bfloat16"):
         assert bark_fast.patch_report(generation).copied_bytes == 0
