@@ -135,14 +135,14 @@ class ModulePatch:
     def report(self) -> PatchReport:
         """See `report_of`."""
         name = self.generation.__name__
-        dtype = self.policy.dtype or autocast_dtype(self.generation, torch.device("cuda"))
-        if self.policy.engine:
-            how = "runs in the engine" + (
-                f", on a GPU in {dtype}" if self.policy.dtype is None and dtype else ""
-            )
-            how += f", weights in {dtype}" if self.policy.dtype else ""
-        else:
+        if not self.policy.engine:
             how = "the original, over blocks with a fast forward"
+        elif self.policy.dtype is not None:
+            how = f"runs in the engine, weights in {self.policy.dtype}"
+        elif dtype := autocast_dtype(self.generation, torch.device("cuda")):
+            how = f"runs in the engine, on a GPU with the weights in {dtype}, as suno's autocast multiplies"
+        else:
+            how = "runs in the engine"
         what = {
             **dict.fromkeys(STAGES, how),
             "codec_decode": "the original, without recording gradients",

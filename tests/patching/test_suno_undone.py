@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import inspect
 import io
@@ -22,6 +23,7 @@ from suno_cases import REPLACED, TEXT, both, codes, equal, everything, speech
 
 import bark_fast
 from bark_fast import GenerationError, NotCovered
+from bark_fast.patching.suno_engine import autocast_dtype
 from bark_fast.patching.swap import STATE
 
 
@@ -399,6 +401,17 @@ def test_a_dtype_is_a_copy_that_the_report_counts(generation):
         held = generation.__dict__[STATE].stages.models.held["coarse"]
         generation.generate_coarse(speech(10), silent=True)
         assert generation.__dict__[STATE].stages.models.held["coarse"] is not held
+
+
+def test_on_a_gpu_weights_get_sunos_autocast_dtype(generation, monkeypatch):
+    context = functools.partial(torch.autocast, device_type="cuda", dtype=torch.bfloat16)
+    assert autocast_dtype(generation, torch.device("cuda")) is None  # suno found no GPU
+    monkeypatch.setattr(generation, "autocast", context)
+    assert autocast_dtype(generation, torch.device("cuda")) is torch.bfloat16
+    assert autocast_dtype(generation, torch.device("cpu")) is None
+    with bark_fast.patched(generation):
+        assert "on a GPU with the weights in torch.bfloat16" in str(bark_fast.patch_report(generation))
+    monkeypatch.undo()
 
 
 def test_philox_is_seeded_by_torch(generation):
