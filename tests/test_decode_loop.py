@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bark_fast.engine import decode_loop
-from bark_fast.engine.decode_loop import BURST, DecodeLoop
+from bark_fast.engine import burst, held_noise
+from bark_fast.engine.burst import BURST
+from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.kv_pool import PAGE_SIZE
 from bark_fast.engine.runner import EagerRunner
@@ -151,20 +152,51 @@ def test_a_cancelled_neighbour_changes_nothing_and_leaves_nothing(suno_bark: Bar
     assert tokens_of(runner, seeds) == {seed: alone[seed] for seed in seeds}
 
 
-def test_noise_of_a_torch_generator_is_stepped_eagerly(suno_bark: Bark, monkeypatch) -> None:
-    def stage() -> Stage[list[int]]:
-        rule = SamplingRule("suno", SEMANTIC, 10_048, temperature=0.7)
-        return (yield Decode("semantic", torch.arange(20).numpy(), rule, 25)).tokens.tolist()
+def of_generators(runner: EagerRunner, seeds: list[int], max_batch: int) -> dict[int, tuple[list[int], float]]:
+    """What each random stage drew from a torch generator of its own, and what that gives next."""
+    generators = {seed: torch.Generator(runner.device).manual_seed(seed) for seed in seeds}
+    jobs = [
+        Utterance(random_stage(seed), TorchNoise(generator, runner.device, "hf" if seed % 2 else "suno"))
+        for seed, generator in generators.items()
+    ]
+    drawn = {}
+    for outcome in Scheduler(runner, max_batch=max_batch).run(jobs):
+        assert outcome.error is None, outcome.error
+        generator = generators[seeds[outcome.index]]
+        after = torch.rand(1, generator=generator, device=runner.device).item()
+        drawn[seeds[outcome.index]] = outcome.result, after
+    return drawn
 
-    def drawn(kind: type[EagerRunner]) -> list[int]:
-        runner = runner_of(kind, suno_bark, "cpu")
-        noise = TorchNoise(torch.Generator().manual_seed(5), runner.device, "suno")
-        (outcome,) = Scheduler(runner).run([Utterance(stage(), noise)])
-        assert outcome.error is None and outcome.result is not None
-        return outcome.result
 
-    monkeypatch.setattr(DecodeLoop, "run", lambda *_: pytest.fail("a burst was asked for"))
-    assert drawn(GraphRunner) == drawn(EagerRunner)
+@pytest.mark.usefixtures("models_back_on_the_cpu")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("max_batch", [1, 7])
+def test_bursts_of_torch_generators_draw_what_steps_draw(suno_bark: Bark, device: str, max_batch: int) -> None:
+    """And leave the generators where steps leave them, whatever was drawn ahead."""
+    seeds = list(range(40))
+    runner = runner_of(GraphRunner, suno_bark, device)
+    assert isinstance(runner, GraphRunner)
+    runs = []
+    for loops in runner.loops.values():
+        run = loops[1].run
+        loops[1].run = lambda sequences, run=run: runs.append(1) or run(sequences)  # type: ignore[method-assign]
+    assert of_generators(runner, seeds, max_batch) == of_generators(
+        runner_of(EagerRunner, suno_bark, device), seeds, 1
+    )
+    assert len(runs) > 20
+    assert_empty(runner)
+
+
+def test_draws_that_are_not_taken_back_are_noticed(suno_bark: Bark, monkeypatch) -> None:
+    def forget(self) -> None:
+        self._draws.clear()
+        self._next = None
+
+    seeds = list(range(10))
+    expected = of_generators(runner_of(EagerRunner, suno_bark, "cpu"), seeds, 1)
+    monkeypatch.setattr(held_noise.Rewindable, "settle", forget)
+    got = of_generators(runner_of(GraphRunner, suno_bark, "cpu"), seeds, 1)
+    assert got != expected
 
 
 def test_a_step_takes_more_than_one_token_from_a_burst(suno_bark: Bark) -> None:
@@ -195,7 +227,7 @@ def test_a_burst_may_end_anywhere_in_a_page(suno_bark: Bark, prompt: int) -> Non
 
 
 def test_a_key_stored_nowhere_is_noticed(suno_bark: Bark, monkeypatch) -> None:
-    monkeypatch.setattr(decode_loop._Row, "wants", lambda row, steps: min(steps, row.left) - row.reserved)
+    monkeypatch.setattr(burst.Row, "wants", lambda row, steps: min(steps, row.left) - row.reserved)
     runner = runner_of(GraphRunner, suno_bark, "cpu")
     prompt = PAGE_SIZE - BURST  # the first burst fills the page
     (outcome,) = Scheduler(runner).run([Utterance(straight(prompt), PhiloxNoise(1, runner.device))])
@@ -203,8 +235,8 @@ def test_a_key_stored_nowhere_is_noticed(suno_bark: Bark, monkeypatch) -> None:
 
 
 def test_a_burst_that_a_new_prompt_has_overtaken_is_noticed(suno_bark: Bark, alone, monkeypatch) -> None:
-    def whoever_they_are_now(burst, sequences) -> bool:
-        return [row.sequence for row in burst.rows] == list(sequences)
+    def whoever_they_are_now(one, sequences) -> bool:
+        return [row.sequence for row in one.rows] == list(sequences)
 
     monkeypatch.setattr(DecodeLoop, "_carries", staticmethod(whoever_they_are_now))
     runner = runner_of(GraphRunner, suno_bark, "cpu")

@@ -5,101 +5,22 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from bark_fast.engine.burst import BURST, Buffers, Burst, Capture, Row, Shape, place_of, row_of
+from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
 from bark_fast.modules.gpt import GPT
-from bark_fast.ops.decode_state import DecodeState, advance
+from bark_fast.ops.decode_state import STEP, DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
-from bark_fast.ops.norm_linear import linear_scratch
-from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
+from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
-from bark_fast.rule_layout import RuleFloat, RuleInt
-
-BURST = 10
-"""Steps between two looks of the host. A coarse window is 60 steps long."""
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A step captured as a CUDA graph: for how many rows, and the seconds and bytes that took."""
-
-    model: str
-    rows: int
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a captured step is fixed to: rows, rows [low, high) of the head, widest window, any filters."""
-
-    rows: int
-    low: int
-    high: int
-    window: int
-    filters: bool
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A sequence as a burst begins: tokens cached, index of its next draw, tokens it may still draw.
-
-    reserved: tokens beyond the cached ones that its pages have room for.
-    """
-
-    sequence: Sequence
-    work: object
-    cached: int
-    step: int
-    left: int
-    reserved: int = 0
-
-    def after(self, steps: int) -> _Row:
-        """The same, `steps` draws later, if none of them ends it."""
-        took = min(steps, self.left)
-        return replace(
-            self,
-            cached=self.cached + took,
-            step=self.step + took,
-            left=self.left - took,
-            reserved=self.reserved - took,
-        )
-
-    def wants(self, steps: int) -> int:
-        """Tokens to make room for: those of so many steps, and the next, whose place the last step looks up."""
-        return min(steps + 1, self.left) - self.reserved
-
-
-class _Buffers:
-    """What the steps of so many rows read and write, on the device, at addresses that never change."""
-
-    def __init__(self, rows: int, pool: KVPool) -> None:
-        device = pool.device
-        self.state = DecodeState.empty(rows, pool.max_pages, BURST, device)
-        self.scratch = linear_scratch(rows, 4 * pool.config.n_embd, device)
-        self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.integers = torch.zeros(rows, len(RuleInt), dtype=torch.int32, device=device)
-        self.numbers = torch.zeros(rows, len(RuleFloat), dtype=torch.float32, device=device)
-        self.tokens = torch.empty(rows, dtype=torch.int64, device=device)
-        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-
-
-@dataclass(frozen=True)
-class _Burst:
-    """A burst on its way: its rows in order, its steps, and where their tokens lie once `event` is reached."""
-
-    rows: list[_Row]
-    steps: int
-    drawn: Tensor
-    event: torch.cuda.Event | None
 
 
 class DecodeLoop:
@@ -108,23 +29,28 @@ class DecodeLoop:
     The next burst is launched before the last one is read, as long as the same sequences go on; what it draws
     for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or on a CPU, or CUDA
     cannot capture, the same steps run operation by operation. The caller makes the model's GPU the current one.
+
+    given: the sequences' noise is that of torch generators, drawn by the host for a burst beforehand; otherwise
+    it is computed in the step (`PhiloxNoise`), or not needed.
     """
 
-    def __init__(self, model: str, gpt: GPT, pool: KVPool, capture: bool) -> None:
-        self.model, self.gpt, self.pool = model, gpt, pool
+    def __init__(self, model: str, gpt: GPT, pool: KVPool, capture: bool, given: bool = False) -> None:
+        self.model, self.gpt, self.pool, self.given = model, gpt, pool, given
         self.capture = capture and pool.device.type == "cuda"
         self.memory = torch.cuda.graph_pool_handle() if self.capture else None
-        self.buffers: dict[int, _Buffers] = {}
-        self.shape: _Shape | None = None
-        self.graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
+        self.buffers: dict[int, Buffers] = {}
+        self.shape: Shape | None = None
+        self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self.captures: list[Capture] = []
-        self.burst: _Burst | None = None
+        self.burst: Burst | None = None
 
-    @staticmethod
-    def takes(sequence: Sequence) -> bool:
-        """Whether the sequence's next step is a plain decode step whose noise needs no host."""
-        plain = sequence.steps > 0 and len(sequence.feed) == 1 and sequence.draws
-        return plain and (sequence.work.rule.greedy or isinstance(sequence.noise, PhiloxNoise))
+    def takes(self, sequence: Sequence) -> bool:
+        """Whether the sequence's next step is a plain decode step with noise of this loop's kind."""
+        if sequence.steps == 0 or len(sequence.feed) != 1 or not sequence.draws:
+            return False
+        if sequence.work.rule.greedy or isinstance(sequence.noise, PhiloxNoise):
+            return not self.given
+        return self.given and isinstance(sequence.noise, DrawnAhead)
 
     def run(self, sequences: Items[Sequence]) -> list[list[int]]:
         """The tokens each sequence drew, at least one: a burst's, or two bursts' when the batch has changed."""
@@ -134,7 +60,7 @@ class DecodeLoop:
             self._read(burst, got)
             burst = None
         if burst is None:
-            burst = self._begin([_row(sequence, got[sequence]) for sequence in sequences], got)
+            burst = self._begin([row_of(sequence, got[sequence]) for sequence in sequences], got)
         self.burst = None
         if burst is not None:
             self.burst = self._follow(burst)
@@ -142,13 +68,13 @@ class DecodeLoop:
         return [got[sequence] for sequence in sequences]
 
     @staticmethod
-    def _carries(burst: _Burst, sequences: Items[Sequence]) -> bool:
+    def _carries(burst: Burst, sequences: Items[Sequence]) -> bool:
         """Whether the burst is of these sequences, as they are now."""
         return [row.sequence for row in burst.rows] == list(sequences) and all(
             row.work is row.sequence.work and row.cached == len(row.sequence.cached) for row in burst.rows
         )
 
-    def _begin(self, rows: list[_Row], got: dict[Sequence, list[int]]) -> _Burst | None:
+    def _begin(self, rows: list[Row], got: dict[Sequence, list[int]]) -> Burst | None:
         """Write the state of those who go on into the buffers, and launch a burst."""
         rows = [row for row in rows if row.left > 0]
         if not rows:
@@ -164,7 +90,7 @@ class DecodeLoop:
         packed = pack_rules(rules + rules[:1] * (bucket - len(rows)), self.pool.device)
         windows = [window for rule in rules for window in rule.windows]
         low, high = min(low for low, _ in windows), max(high for _, high in windows)
-        self.shape = _Shape(bucket, low, high, packed.window, packed.filters)
+        self.shape = Shape(bucket, low, high, packed.window, packed.filters)
         buffers = self._prepare(self.shape)
         buffers.integers.copy_(packed.integers)
         buffers.numbers.copy_(packed.numbers)
@@ -176,14 +102,14 @@ class DecodeLoop:
         host.positions[:count] = torch.from_numpy(cached)
         host.lengths[:count] = torch.from_numpy(cached + 1)
         host.slots[:count] = torch.from_numpy(pages * PAGE_SIZE + cached % PAGE_SIZE)
-        host.places[:count] = torch.tensor([_place(row) for row in rows])
+        host.places[:count] = torch.tensor([place_of(row) for row in rows])
         host.remaining[:count] = torch.tensor([row.left for row in rows])
         host.eos[:count] = torch.tensor([-1 if rule.eos_token is None else rule.eos_token for rule in rules])
         for ours, theirs in zip(buffers.state.tensors(), host.tensors(), strict=True):
             ours.copy_(theirs)
         return self._launch(rows, steps)
 
-    def _follow(self, burst: _Burst) -> _Burst | None:
+    def _follow(self, burst: Burst) -> Burst | None:
         """Launch the burst after this one, for rows it does not end, if there are pages for it."""
         rows = [row.after(burst.steps) for row in burst.rows]
         steps = min(BURST, max(row.left for row in rows))
@@ -193,30 +119,43 @@ class DecodeLoop:
         self._buffers().state.block_tables[: len(rows)].copy_(torch.from_numpy(tables))
         return self._launch(rows, steps)
 
-    def _fits(self, rows: list[_Row], steps: int) -> bool:
+    def _fits(self, rows: list[Row], steps: int) -> bool:
         return self.pool.fits([row.sequence.handle for row in rows], [row.wants(steps) for row in rows])
 
-    def _extend(self, rows: list[_Row], steps: int) -> tuple[list[_Row], npt.NDArray[np.int32]]:
+    def _extend(self, rows: list[Row], steps: int) -> tuple[list[Row], npt.NDArray[np.int32]]:
         """Make room for so many steps; the rows with what they have now, and their block tables."""
         counts = [row.wants(steps) for row in rows]
         tables, _, _ = self.pool.extend([row.sequence.handle for row in rows], counts)
         return [replace(row, reserved=row.reserved + n) for row, n in zip(rows, counts, strict=True)], tables
 
-    def _launch(self, rows: list[_Row], steps: int) -> _Burst:
+    def _launch(self, rows: list[Row], steps: int) -> Burst:
         assert self.shape is not None
+        if self.given:
+            self._draw_ahead(rows, steps)
         step = self.graphs[self.shape].replay if self.shape in self.graphs else self._step
         for _ in range(steps):
             step()
         drawn = self._buffers().state.drawn
         if self.pool.device.type != "cuda":
-            return _Burst(rows, steps, drawn.clone(), None)
+            return Burst(rows, steps, drawn.clone(), None)
         arriving = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
         arriving.copy_(drawn, non_blocking=True)
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        return _Burst(rows, steps, arriving, event)
+        return Burst(rows, steps, arriving, event)
 
-    def _read(self, burst: _Burst, got: dict[Sequence, list[int]]) -> None:
+    def _draw_ahead(self, rows: list[Row], steps: int) -> None:
+        """Put the noise of so many steps where they look for it, in the order of the steps."""
+        assert self.shape is not None
+        noise = self._buffers().noise(self.shape.window)
+        for index, row in enumerate(rows):
+            source, work = row.sequence.noise, row.sequence.work
+            assert isinstance(source, DrawnAhead)
+            for step in range(row.step, row.step + min(steps, row.left)):
+                drawn = source.ahead(work.rule, work.chunk, row.sequence.stream, step)
+                noise[index, step % BURST, : len(drawn)] = drawn
+
+    def _read(self, burst: Burst, got: dict[Sequence, list[int]]) -> None:
         """Add the tokens of the burst to those of each sequence that is still where the burst began."""
         if burst.event is not None:
             burst.event.synchronize()
@@ -226,12 +165,15 @@ class DecodeLoop:
                 continue
             if row.cached != len(row.sequence.cached) + len(tokens):
                 continue
+            before = len(tokens)
             for step in range(row.step, row.step + min(burst.steps, row.left)):
                 tokens.append(drawn[step % BURST])
                 if tokens[-1] in (INVALID_TOKEN, row.sequence.work.rule.eos_token):
                     break
+            if isinstance(row.sequence.noise, DrawnAhead):
+                row.sequence.noise.used(row.step + len(tokens) - before - 1)
 
-    def _buffers(self) -> _Buffers:
+    def _buffers(self) -> Buffers:
         assert self.shape is not None
         return self.buffers[self.shape.rows]
 
@@ -249,15 +191,18 @@ class DecodeLoop:
         hidden = self.gpt(state.ids, state.positions, attend, scratch=buffers.scratch)
         logits = self.gpt.logits(hidden, shape.low, shape.high)
         rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
+        noise = None
+        if self.given:
+            noise = buffers.noise(shape.window)[buffers.order, state.places[:, STEP] % BURST]
         tokens = sample_rows(
-            logits, rules, state.places, logits_low=shape.low, tokens=buffers.tokens, flag=buffers.flag
+            logits, rules, state.places, noise, shape.low, tokens=buffers.tokens, flag=buffers.flag
         )
         advance(state, tokens, PAGE_SIZE)
 
-    def _prepare(self, shape: _Shape) -> _Buffers:
+    def _prepare(self, shape: Shape) -> Buffers:
         """The buffers for steps of this shape; the step is captured if that is still to be done."""
         if shape.rows not in self.buffers:
-            self.buffers[shape.rows] = _Buffers(shape.rows, self.pool)
+            self.buffers[shape.rows] = Buffers(shape.rows, self.pool)
         buffers = self.buffers[shape.rows]
         if not self.capture or shape in self.graphs:
             return buffers
@@ -293,18 +238,3 @@ class DecodeLoop:
             self._step()
             self._step()
         torch.cuda.current_stream().wait_stream(side)
-
-
-def _place(row: _Row) -> list[int]:
-    """Where the row's next draw lies in its noise; a greedy row may have any other noise, and uses none."""
-    noise, sequence = row.sequence.noise, row.sequence
-    seed = noise.seed if isinstance(noise, PhiloxNoise) else 0
-    return place_row(seed, row.step, sequence.stream, sequence.work.chunk)
-
-
-def _row(sequence: Sequence, tokens: list[int]) -> _Row:
-    """The sequence as it is once `tokens` are taken: where it goes on, and how far it may."""
-    work = sequence.work
-    ended = bool(tokens) and tokens[-1] in (INVALID_TOKEN, work.rule.eos_token)
-    left = 0 if ended else work.max_new_tokens - len(sequence.drawn) - len(tokens)
-    return _Row(sequence, work, len(sequence.cached) + len(tokens), sequence.step + len(tokens), left)

@@ -161,6 +161,7 @@ class Rounds(Generic[T]):
         try:
             one.stage.close()
         finally:
+            one.settle()
             self._give_back(one)
 
     def _give_back(self, one: Active[T]) -> None:
@@ -185,6 +186,7 @@ class Rounds(Generic[T]):
                 if decoding or sequence.done:  # its prompt fed again may pass where a single row failed
                     one.alone = False
                 if sequence.done:
+                    one.settle()
                     one.answer = sequence.result()
             except Exception as error:
                 one.answer = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.sequence import Sequence
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.work import Stage, Work
@@ -68,6 +69,11 @@ class Active(Generic[T]):
     def admitted(self) -> bool:
         """Whether it may hold pages."""
         return self.sequence is not None and self.sequence.admitted
+
+    def settle(self) -> None:
+        """Take back noise that was drawn ahead and not used."""
+        if isinstance(self.noise, HeldNoise):
+            self.noise.settle()
 
     def saw(self, done: int) -> None:
         """Report `done` units of the current work."""

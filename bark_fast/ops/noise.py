@@ -54,6 +54,11 @@ class TorchNoise:
     ) -> None:
         self.generator, self.device, self.dialect, self.batch, self.row = generator, device, dialect, batch, row
 
+    @property
+    def source_generator(self) -> torch.Generator:
+        """The generator that is drawn from."""
+        return self.generator or global_generator(self.device)
+
     def _draw(self, *shape: int) -> Tensor:
         return torch.empty(shape, device=self.device).exponential_(generator=self.generator)
 
@@ -71,6 +76,15 @@ class TorchNoise:
     def skip(self, rule: SamplingRule, steps: int) -> None:
         for _ in range(steps):
             self._draw(self.batch, rule.vocab_size)
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """torch's own generator of a device."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
 
 
 class PhiloxNoise:

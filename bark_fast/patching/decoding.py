@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bark_fast.engine.held_noise import Rewindable
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.sequence import Sequence
 from bark_fast.errors import GenerationError, NotCovered
 from bark_fast.loading import runner_kind
 from bark_fast.modules.gpt import GPT
-from bark_fast.ops.noise import NoiseSource, PhiloxNoise
+from bark_fast.ops.noise import NoiseSource, PhiloxNoise, global_generator
 from bark_fast.patching.shared import Bound
 from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, Decoded
@@ -32,14 +33,15 @@ class JointNoise:
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.batch, self.device = batch, device
-        self._step, self._drawn = -1, torch.empty(0)
+        self.draws = Rewindable(global_generator(device))
 
     def at(self, step: int, width: int) -> Tensor:
         """Exp(1) noise (batch, width) of `step`."""
-        if step != self._step:
-            self._drawn = torch.empty(self.batch, width, device=self.device).exponential_()
-            self._step = step
-        return self._drawn
+        return self.draws.at(step, lambda: torch.empty(self.batch, width, device=self.device).exponential_())
+
+    def settle(self) -> None:
+        """Take back what was drawn ahead and not used."""
+        self.draws.settle()
 
     def row(self, index: int) -> NoiseSource:
         """The noise of one row."""
@@ -51,8 +53,17 @@ class _Row:
         self.joint, self.index = joint, index
 
     def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
+        self.joint.draws.used(step - 1)  # rows step together
+        return self.ahead(rule, chunk, stream, step)
+
+    def ahead(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
+        """Of `DrawnAhead`."""
         low, high = rule.window(step)
         return self.joint.at(step, rule.vocab_size)[self.index, low:high]
+
+    def used(self, step: int) -> None:
+        """Of `DrawnAhead`."""
+        self.joint.draws.used(step)
 
     def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
         raise GenerationError("a row of causal noise has no codes; report this")
@@ -96,12 +107,13 @@ class Rows:
         self.decoder, self.batch = decoder, batch
         runner, stage = decoder.runner, decoder.stage
         noise: list[NoiseSource]
+        self.joint: JointNoise | None = None
         if rng == "philox":
             seeds = torch.randint(2**62, (batch,)).tolist()
             noise = [PhiloxNoise(seed, runner.device) for seed in seeds]
         else:
-            joint = JointNoise(batch, runner.device)
-            noise = [joint.row(index) for index in range(batch)]
+            self.joint = JointNoise(batch, runner.device)
+            noise = [self.joint.row(index) for index in range(batch)]
         self.sequences: list[Sequence] = [runner.open(stage, source) for source in noise]
         self.steps = 0
 
@@ -140,10 +152,15 @@ class Rows:
                 sequence.take(tokens)
             left = [sequence for sequence in left if not sequence.done]
         self.steps += max(sequence.steps for sequence in self.sequences)
+        if self.joint is not None:
+            self.joint.draws.used(self.steps - 1)
+            self.joint.settle()
         return [sequence.result() for sequence in self.sequences]
 
     def close(self) -> None:
         """Give the pages back."""
+        if self.joint is not None:
+            self.joint.settle()
         for sequence in self.sequences:
             self.decoder.runner.close(self.decoder.stage, sequence)
         self.sequences = []

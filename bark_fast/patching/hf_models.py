@@ -132,6 +132,8 @@ class FastSemantic(FastCausal):
         embeddings, prompt = _embeddings(model_kwargs), self._fast.cache.get("prompt")
         if embeddings is None:
             return input_ids, None
+        if not model_kwargs.get("use_cache"):  # before 5.3 theirs then forgets the embeddings after a token
+            raise NotCovered("use_cache=False")
         if prompt is None or not _embed(_any(self).input_embeds_layer.weight, *prompt).equal(embeddings):
             raise NotCovered("a prompt of embeddings")
         ids, merged = prompt
