@@ -106,14 +106,12 @@ class ModulePatch:
         """Put the replacements in place."""
         for name in REPLACED:
             original = getattr(self.generation, name)
+            if not isinstance(original, FunctionType) or original.__globals__ is not vars(self.generation):
+                continue  # somebody put another there, which is to be called
             if name in STAGES:
                 ours = self._stage(original, getattr(self.stages, name))
-            elif name == "codec_decode":
-                ours = self._codec(original)
-            elif isinstance(original, FunctionType):
-                ours = self._loader(original)
             else:
-                continue
+                ours = self._codec(original) if name == "codec_decode" else self._loader(original)
             self.ours[name] = (original, _dressed(ours, original))
         self._rename({id(original): ours for original, ours in self.ours.values()})
 
@@ -149,7 +147,7 @@ class ModulePatch:
             "_load_model": "reads files without running what is pickled in them",
         }
         replaced = [Entry(f"{name}.{one}", "function", what[one]) for one in self.ours]
-        reason = "is no plain function" if self.ours else "not patched"
+        reason = "is not suno's own" if self.ours else "not patched"
         left = [Entry(f"{name}.{one}", "function", reason) for one in REPLACED if one not in self.ours]
         return PatchReport(tuple(replaced), tuple(left), self.stages.models.copied_bytes)
 

@@ -120,13 +120,13 @@ class SunoModels:
             raise NotCovered(f"a default dtype of {torch.get_default_dtype()}")
         dtype = policy.dtype or autocast_dtype(self.generation, device)
         with self._lock:
-            known = self.held.get(key)
-            bound: Bound[Any] = bind(model, config, suno_name, dtype, known.bound if known else None)
-            if known is None or known.bound is not bound:
-                known = None
+            held = self.held.get(key)
+            bound: Bound[Any] = bind(model, config, suno_name, dtype, held.bound if held else None)
+            if held is None or held.bound is not bound:
+                held = None
                 self.held.pop(key, None)  # its pages go before new ones come
-                self.held[key] = Held(key, bound, ref(model, partial(self._gone, key)))
-            return self.held[key]
+                held = self.held[key] = Held(key, bound, ref(model, partial(self._gone, key)))
+            return held
 
     def _gone(self, key: Key, theirs: ReferenceType[Any]) -> None:
         """suno's model was freed, as `clean_models` does: let its weights go. No lock: any line may free."""

@@ -106,6 +106,24 @@ def test_a_function_the_user_put_there_stays(generation):
     generation.generate_fine = original
 
 
+def test_a_function_the_user_put_there_before_is_called(generation, monkeypatch):
+    original, calls = generation.generate_fine, []
+
+    @functools.wraps(original)
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(generation, "generate_fine", mine)
+    with bark_fast.patched(generation):
+        assert generation.generate_fine is mine
+        (left,) = bark_fast.patch_report(generation).left
+        assert (left.name, left.what) == ("bark.generation.generate_fine", "is not suno's own")
+        generation.generate_fine(codes(2, 4))
+    assert calls
+    monkeypatch.undo()
+
+
 def test_other_modules_are_not_suno(bark):
     other = types.ModuleType("bark")  # another package of that name
     other.generation = types.ModuleType("bark.generation")
