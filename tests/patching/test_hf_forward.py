@@ -199,8 +199,11 @@ def test_attentions_come_from_the_original(model):
         call(model)
 
 
-def test_gradients_come_from_the_original(model):
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "embeddings-frozen"])
+def test_gradients_come_from_the_original(model, frozen):
     """Patched or not, loss.backward() reaches every weight with the same gradient."""
+    for table in (model.semantic.input_embeds_layer, model.semantic.position_embeds_layer):
+        table.requires_grad_(not frozen)
 
     def call(model):
         model.semantic.zero_grad()

@@ -13,7 +13,9 @@ from patched_twins import both
 import bark_fast
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.errors import InvalidInput, NotCovered
-from bark_fast.patching import decoding
+from bark_fast.patching import decoding, hf_models
+from bark_fast.patching.hf_rules import request_of
+from bark_fast.work import Decoded
 
 TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
 SHORT = {"semantic_max_new_tokens": 50}
@@ -119,6 +121,75 @@ def test_voice(peer, preset):
 def test_windows_that_slide(peer):
     """More than 630 coarse tokens, and a last window shorter than the others."""
     speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], semantic_max_new_tokens=237)))
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_windows_of_an_odd_length(peer):
+    """Codebooks alternate from the start of each window, whatever came before."""
+
+    def call(model):
+        model.generation_config.coarse_acoustics_config["sliding_window_len"] = 15
+        return peer.speak(TEXTS[:2], **SHORT)
+
+    speech_equal(*both(peer.model, call))
+
+
+def test_windows_share_pages_and_noise_is_not_hoarded(peer, monkeypatch):
+    """The coarse windows of one text are one set of sequences; a step's noise goes when the next is drawn."""
+    batches, held = [], []
+    make, at = decoding.Rows.__init__, decoding.Rewindable.at
+
+    def made(self, decoder, batch, rng):
+        batches.append(decoder.stage)
+        make(self, decoder, batch, rng)
+
+    def drawn(self, *arguments):
+        held.append(len(self._draws))
+        return at(self, *arguments)
+
+    monkeypatch.setattr(decoding.Rows, "__init__", made)
+    monkeypatch.setattr(decoding.Rewindable, "at", drawn)
+    bark_fast.patch(peer.model)
+    peer.speak(TEXTS[:2], **SHORT)
+    assert batches == ["semantic", "coarse"]
+    assert max(held) == 1
+
+
+def test_prompt_of_another_making_is_noticed(peer, monkeypatch):
+    """A version that embeds its prompt otherwise gets its own tokens, not ours."""
+    right = hf_models._semantic_prompt
+
+    def wrong(*args, **kwargs):
+        ids, merged = right(*args, **kwargs)
+        return ids.clamp(max=10_050), merged
+
+    monkeypatch.setattr(hf_models, "_semantic_prompt", wrong)
+    with pytest.warns(RuntimeWarning, match="a prompt of embeddings"):
+        speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], semantic_max_new_tokens=20)))
+
+
+def test_rows_end_with_the_end_token_and_padding():
+    rows = [
+        Decoded(np.array([4, 5, 6]), 3),
+        Decoded(np.array([7]), 2),
+        Decoded(np.array([], dtype=np.int64), 1),
+    ]
+    padded = hf_models._padded(rows, 9, torch.tensor([2]))
+    assert padded.tolist() == [[4, 5, 6], [7, 9, 2], [9, 2, 2]]
+
+
+def test_processors_in_another_order_or_twice_are_refused():
+    from transformers import GenerationConfig
+    from transformers.generation import logits_process as theirs
+    from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+    heat, top = theirs.TemperatureLogitsWarper(0.7), theirs.TopKLogitsWarper(5)
+    arguments = ([MaxLengthCriteria(20)], GenerationConfig(do_sample=True), 100, 10)
+    request = request_of([heat, top], *arguments)
+    assert (request.rule.top_k, request.rule.temperature, request.max_new_tokens) == (5, 0.7, 10)
+    for processors in ([top, heat], [top, top]):
+        with pytest.raises(NotCovered, match="in this place"):
+            request_of(processors, *arguments)
 
 
 @pytest.mark.parametrize("lengths", [True, False, None])
