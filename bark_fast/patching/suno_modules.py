@@ -149,9 +149,13 @@ def _why_not_here(block: Any, x: Tensor) -> str | None:
         return "an input that is no (batch, time, n_embd) tensor"
     if torch._C._are_functorch_transforms_active():
         return "function transforms"
-    if reason := why_not_suno(block, within=True):
-        return reason
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "calls under global hooks"
     attn, mlp = block.attn, block.mlp
+    # as `why_not_suno`, but what follows looks at the layers already, and this is done for every token
+    for module in (attn, mlp, attn.attn_dropout, attn.resid_dropout, mlp.gelu, mlp.dropout):
+        if reason := _why_not_module(module, hooked=True):
+            return reason
     if x.shape[-1] != attn.n_embd:
         return f"an input {x.shape[-1]} wide"
     return why_not_now(block, x, (block.ln_1, attn.c_attn, attn.c_proj, block.ln_2, mlp.c_fc, mlp.c_proj))
