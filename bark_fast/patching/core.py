@@ -15,7 +15,7 @@ from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.norm_linear import FLOATING
-from bark_fast.patching import hf
+from bark_fast.patching import hf, suno, suno_modules
 from bark_fast.patching.report import Entry, PatchReport
 from bark_fast.patching.swap import STATE, Patched, Policy, State, is_fast, restore, swap
 
@@ -33,9 +33,10 @@ def patch(
 ) -> T:
     """Make somebody else's Bark fast in place, with the same output; returns `obj`.
 
-    obj: a transformers `BarkModel`, or its semantic, coarse or fine model alone. Single objects change their
-        class for a subclass of it; weights are shared, nothing in torch or transformers is replaced, other
-        models stay as they are. Patching again takes the new options.
+    obj: a transformers `BarkModel`, or its semantic, coarse or fine model alone; suno's module `bark`, or a
+        `GPT` or `FineGPT` of it (layers only). Single objects change their class for a subclass of it; weights
+        are shared, nothing in torch or transformers is replaced, other models stay as they are. In suno's
+        module, functions are replaced. Patching again takes the new options.
     engine: True runs whole stages of `generate` in bark_fast's engine; False replaces layers only.
     dtype: of the weights the engine runs with, "float32", "float16" or "bfloat16": copies, unless the model
         has that dtype. None shares the model's own.
@@ -46,10 +47,14 @@ def patch(
     Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
     """
     policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict))
+    if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
+        suno.patch_module(obj, policy)
+        return obj
     target = _module_of(obj)
     if isinstance(target, OURS):
         return obj
-    chosen = hf.targets(target, policy)
+    chosen = [(module, mixin) for _, module, mixin in suno_modules.targets(target)]
+    chosen += hf.targets(target, policy)
     unpatch(obj)
     done: list[nn.Module] = []
     try:
@@ -65,6 +70,9 @@ def patch(
 
 def unpatch(obj: T) -> T:
     """Undo `patch`: every class is the one it was. Returns `obj`, which need not be patched."""
+    if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
+        suno.unpatch_module(obj)
+        return obj
     for module in _module_of(obj).modules():
         restore(module)
     return obj
@@ -73,6 +81,10 @@ def unpatch(obj: T) -> T:
 @contextmanager
 def patched(obj: T, **options: Any) -> Iterator[T]:
     """`patch(obj, **options)` within a `with`; afterwards `obj` is as it was before, patched or not."""
+    if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
+        with suno.patched_module(obj):
+            yield patch(obj, **options)
+        return
     target = _module_of(obj)
     before: list[tuple[nn.Module, type[Patched], State]] = [
         (module, module._bark_fast_mixin, module.__dict__[STATE])
@@ -91,12 +103,18 @@ def patched(obj: T, **options: Any) -> Iterator[T]:
 
 def is_patched(obj: object) -> bool:
     """Whether any part of `obj` is replaced."""
+    if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
+        return suno.is_module_patched(obj)
     return any(map(is_fast, _module_of(obj).modules()))
 
 
 def patch_report(obj: object) -> PatchReport:
     """What runs fast in `obj` as it is now, what is left to the original code and why; `print` shows it."""
+    if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
+        return suno.report_of(obj)
     target = _module_of(obj)
+    if suno_modules.is_suno_model(target):
+        return suno_modules.report_of(target)
     if isinstance(target, OURS):
         entry = Entry("", type(target).__name__, "bark_fast's own, fast as it is")
         return PatchReport((), (entry,))
@@ -106,11 +124,14 @@ def patch_report(obj: object) -> PatchReport:
 def _module_of(obj: object) -> nn.Module:
     """The module that `obj` is, or that torch.compile wrapped. Raises TypeError for what is no Bark."""
     inner = getattr(obj, "_orig_mod", obj)  # torch.compile(model)
-    if isinstance(inner, nn.Module) and (isinstance(inner, OURS) or hf.is_hf_bark(inner)):
+    if isinstance(inner, nn.Module) and (
+        isinstance(inner, OURS) or hf.is_hf_bark(inner) or suno_modules.is_suno_model(inner)
+    ):
         return inner
-    kind = "a module" if isinstance(obj, ModuleType) else type(obj).__name__
+    kind = f"the module {obj.__name__}" if isinstance(obj, ModuleType) else type(obj).__name__
     raise TypeError(
-        f"cannot patch {kind}: give a transformers BarkModel, its semantic, coarse_acoustics or fine_acoustics"
+        f"cannot patch {kind}: give a transformers BarkModel, its semantic, coarse_acoustics or "
+        f"fine_acoustics, suno's module bark, or a GPT or FineGPT of it"
     )
 
 

@@ -12,8 +12,11 @@ from bark_fast.work import Decode, Decoded, IntArray, Join, Stage
 
 
 def semantic_rule(params: SamplingParams, options: Options) -> SamplingRule:
-    """Semantic tokens and, as the last row of the window, the pad token that stands for EOS."""
+    """Semantic tokens and, as the last row of the window, the pad token that stands for EOS if it may end."""
     layout = options.layout
+    if not options.may_end:
+        window = (0, layout.semantic_vocab_size)
+        return make_rule(params, options.dialect, (window,), options.semantic_vocab_size)
     window = (0, layout.semantic_pad_token + 1)
     return make_rule(params, options.dialect, (window,), options.semantic_vocab_size, layout.semantic_pad_token)
 

@@ -1,8 +1,9 @@
-"""A Hugging Face model of its own for each test, and ways to compare it with an untouched twin."""
+"""A Hugging Face model of its own for each test, ways to compare it with an untouched twin; suno's module."""
 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from peers import HFPeer
+from suno_cases import everything
+
+import bark_fast
 
 
 @pytest.fixture
@@ -47,3 +51,21 @@ def no_decline() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="bark_fast leaves", category=RuntimeWarning)
         yield
+
+
+@pytest.fixture
+def generation(suno_peer):
+    """`bark.generation` with the tiny checkpoint loaded; put back as it was, and checked for traces."""
+    module = suno_peer.bark
+    models, before = dict(module.models), everything(module)
+    yield module
+    bark_fast.unpatch(module)
+    module.models.clear()
+    module.models.update(models)
+    assert everything(module) == before
+
+
+@pytest.fixture
+def bark(generation):
+    """The package `bark`."""
+    return sys.modules["bark"]

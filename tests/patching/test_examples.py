@@ -27,3 +27,10 @@ def test_patch_hf(tiny_hf_dir, tmp_path):
     assert "the same speech" in said
     assert "generate in the engine" in said
     assert (tmp_path / "patched.wav").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("suno_peer")
+def test_patch_suno(tiny_suno_dir, tmp_path):
+    said = run("patch_suno.py", "--checkpoint", str(tiny_suno_dir), "--seconds", "0.5", folder=tmp_path)
+    assert "tokens equal: True" in said
+    assert "runs in the engine" in said
