@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
 from bark_fast.rule_layout import RuleFloat, RuleInt
 
+ONE_CAPTURE = Lock()
+"""torch captures one graph at a time in a process; replicas have threads of their own."""
 BURST = 10
 """Steps between two looks of the host. A coarse window is 60 steps long."""
 
@@ -114,6 +117,9 @@ class DecodeLoop:
         self.model, self.gpt, self.pool = model, gpt, pool
         self.capture = capture and pool.device.type == "cuda"
         self.memory = torch.cuda.graph_pool_handle() if self.capture else None
+        self.side: torch.cuda.Stream | None = None
+        if self.capture:  # on a stream of this device: torch's own for captures is on one device, the first
+            self.side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self.buffers: dict[int, _Buffers] = {}
         self.shape: _Shape | None = None
         self.graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
@@ -269,7 +275,8 @@ class DecodeLoop:
         graph = torch.cuda.CUDAGraph()
         try:
             self._warm_up()
-            with torch.cuda.graph(graph, pool=self.memory):
+            # other threads, at work on other devices, are free to allocate meanwhile
+            with ONE_CAPTURE, torch.cuda.graph(graph, self.memory, self.side, "thread_local"):
                 self._step()
         except RuntimeError as error:
             self.capture = False
@@ -287,12 +294,12 @@ class DecodeLoop:
 
     def _warm_up(self) -> None:
         """Run the step on a side stream, so that what is allocated or compiled once is not captured."""
-        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        assert self.side is not None
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             self._step()
             self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)
 
 
 def _place(row: _Row) -> list[int]:
