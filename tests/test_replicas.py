@@ -17,6 +17,7 @@ from engine_load import CPU, SmallRunner, random_request, spoken_alone, tokens_o
 from bark_fast import Bark, InvalidInput
 from bark_fast.engine.replicas import Replicas
 from bark_fast.engine.scheduler import Limits, Scheduler, Utterance
+from bark_fast.engine.worker import Worker
 from bark_fast.ops.noise import PhiloxNoise
 
 SHORT = {"max_seconds": 0.2}
@@ -222,6 +223,56 @@ def test_a_thread_that_dies_is_told_to_its_own(suno_bark, load, monkeypatch):
     monkeypatch.undo()
     got = {one.index: tokens_of(one) for one in pair.engine.run(jobs(chosen))}
     assert [got[index] for index in range(12)] == [said for _, said in chosen]
+
+
+def test_after_a_death_nobody_waits_for_what_it_took_along(suno_bark, load, monkeypatch):
+    stuck, seen = threading.Event(), threading.Event()
+
+    class Stuck(SmallRunner):
+        def step(self, model, sequences):
+            seen.set()
+            assert stuck.wait(60)
+            return super().step(model, sequences)
+
+    scheduler = Scheduler(Stuck(suno_bark.runner))
+    worker, ended = Worker(scheduler), []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda args: None)
+        patch.setattr(scheduler.rounds, "round", lambda: worker.cancel([0]) or 1 / 0)
+        worker.submit(dict(enumerate(jobs(singles(load, 3)))), ended.append)
+        worker.settle()
+        while worker.under_way:
+            time.sleep(0.01)
+    worker.submit({7: jobs(singles(load, 1))[0]}, ended.append)
+    assert seen.wait(30)
+    waiting = threading.Thread(target=worker.settle)
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    stuck.set()
+    while worker.under_way:
+        time.sleep(0.01)
+    assert [outcome.error is None for outcome in ended] == [False, False, True]
+
+
+def test_giving_up_in_the_midst_of_handing_over(suno_bark, load):
+    """As when an iterator is collected while its worker's lock is held."""
+    worker, ended = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
+
+    class Party(dict):
+        def __iter__(self):
+            worker.cancel([99])
+            return super().__iter__()
+
+    handing = threading.Thread(
+        target=worker.submit, args=(Party(enumerate(jobs(singles(load, 1)))), ended.append), daemon=True
+    )
+    handing.start()
+    handing.join(20)
+    assert not handing.is_alive()
+    while worker.under_way:
+        time.sleep(0.01)
+    assert tokens_of(ended[0]) == singles(load, 1)[0][1]
 
 
 def test_no_thread_to_be_had(suno_bark, load, monkeypatch):
