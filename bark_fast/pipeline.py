@@ -105,6 +105,7 @@ class Bark:
         max_memory: bytes that weights and caches together may take; the caches get what the weights leave, and
         utterances wait for pages or are recomputed where that is little. (What a step computes comes on top.)
         devices: where single models run, by name: semantic, coarse, fine, codec; the others are on `device`.
+        With semantic and coarse apart, a text's coarse tokens are drawn while its semantic ones still are.
         offload: keep the weights on the host and bring one model at a time to `device`: all utterances under
         way pass a stage before the next one begins.
         replicas: devices of one kind that each hold the whole model, as ["cuda:0", "cuda:1"], or the number of
@@ -183,7 +184,7 @@ class Bark:
                 f"{len(texts)} texts in one Hugging Face batch; this model takes max_batch={self.max_batch} at "
                 f"a time: load it with a higher max_batch, or give one seed per text"
             )
-        options = self._options(semantic, coarse, fine, max_seconds, joined)
+        options = self._options(semantic, coarse, fine, max_seconds, rng, joined)
         chunks = [self._chunks(one, long_form) for one in texts]
         voices = self._histories(voice, len(texts))
         if not texts:
@@ -318,7 +319,7 @@ class Bark:
                 "rng='torch' without a seed takes turns at torch's global generator, which texts under way "
                 "together cannot; give a seed, or use generate"
             )
-        options = self._options(semantic, coarse, fine, max_seconds, joined=False)
+        options = self._options(semantic, coarse, fine, max_seconds, rng)
         chunks = self._chunks(checked, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
@@ -330,10 +331,13 @@ class Bark:
         coarse: SamplingParams | None,
         fine: SamplingParams | None,
         max_seconds: float | None,
-        joined: bool,
+        rng: Rng,
+        joined: bool = False,
     ) -> Options:
         given = {"semantic": semantic, "coarse": coarse, "fine": fine}
-        return stage_options(self.config, self.dialect, self.defaults, given, max_seconds, joined)
+        # two stages of a text at once gain nothing on one device, and would mix up a generator's draws
+        overlap = rng == "philox" and self.runner.devices["semantic"] != self.runner.devices["coarse"]
+        return stage_options(self.config, self.dialect, self.defaults, given, max_seconds, joined, overlap)
 
     def _chunks(self, text: str, split: bool) -> list[IntArray]:
         """Token ids of the text, or of its chunks when it may be split."""

@@ -13,7 +13,8 @@ class Options:
     """Settings shared by all chunks of an utterance.
 
     sampling: complete parameters of each stage. joined: the utterance is a row of a batch that runs in
-    lockstep, as Hugging Face runs one. max_seconds bounds each chunk's speech.
+    lockstep, as Hugging Face runs one. overlap: coarse windows begin while semantic tokens are being drawn, for
+    models on different devices. max_seconds bounds each chunk's speech.
     """
 
     layout: Layout
@@ -23,3 +24,4 @@ class Options:
     coarse_vocab_size: int
     max_seconds: float | None = None
     joined: bool = False
+    overlap: bool = False
