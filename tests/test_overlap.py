@@ -41,7 +41,7 @@ class ByHand:
 
     def __init__(self, n, give):
         self.n, self.give = n, give
-        self.windows, self.waits = [], []
+        self.windows, self.waits, self.totals = [], [], []
 
     def speak(self, stage):
         """The result, or the message of the error."""
@@ -69,6 +69,7 @@ class ByHand:
         if work.model == "semantic":
             return Decoded(np.arange(self.n), self.n)
         self.windows.append((work.prompt.tolist(), work.max_new_tokens, work.first_step))
+        self.totals.append(work.total_steps)
         step = work.first_step + np.arange(work.max_new_tokens)
         drawn = 10_000 + 1024 * (step % 2) + (work.prompt.sum() + 7 * step) % 1024
         return Decoded(drawn, work.max_new_tokens)
@@ -97,6 +98,7 @@ def test_windows_are_those_of_one_stage_after_the_other(give, frames, dialect, l
         expected = after.speak(utterance(np.arange(5), history, options))
         got = during.speak(utterance(np.arange(5), history, replace(options, overlap=True)))
         assert during.windows == after.windows, n
+        assert all(mine >= total for mine, total in zip(during.totals, after.totals, strict=True))
         if isinstance(expected, str):
             assert got == expected
             continue

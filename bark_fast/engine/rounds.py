@@ -102,10 +102,11 @@ class Rounds(Generic[T]):
                     if one.sequence.done and one.answer is None:
                         one.answer = one.sequence.result()
             raise
-        self._advance_all()
         for one in self._waiting_for(Await):
             one.answer = one.work.branch.answer(one.work.tokens)
-        self._advance_all()
+        for one in list(self.active):
+            if one.answer is not None:
+                self._advance(one)
 
     def _models_to_run(self) -> Collection[str]:
         """All; or, if one at a time, the same as before while anybody waits for it, else the oldest's."""
@@ -125,11 +126,6 @@ class Rounds(Generic[T]):
                 break
             self.active += self.waiting.popleft()
             for one in [one for one in self.active if one.work is None]:
-                self._advance(one)
-
-    def _advance_all(self) -> None:
-        for one in list(self.active):
-            if one.answer is not None:
                 self._advance(one)
 
     def _advance(self, one: Active[T]) -> None:
