@@ -34,6 +34,7 @@ import torch
 
 from bark_fast import Audio, Bark, InvalidInput, SamplingParams, make_checkpoint
 from bark_fast.engine.kv_pool import KVPool
+from bark_fast.engine.replicas import Replicas
 
 FRUGAL = {"MALLOC_ARENA_MAX": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
 """What would hide a leak, or look like one: each of glibc's arenas keeps what its thread has freed, and oneDNN
@@ -162,7 +163,11 @@ def tokens(audio: Audio) -> bytes:
 
 def held(bark: Bark) -> dict[str, tuple[int, int]]:
     """Pages and sequences in the caches, by model."""
-    stats = {name: pool.pool.stats() for name, pool in bark.runner.pools.items()}
+    stats = {
+        f"{name} {place}": pool.pool.stats()
+        for place, runner in enumerate(bark.runners)
+        for name, pool in runner.pools.items()
+    }
     return {name: (one.pages_used, one.sequences) for name, one in stats.items()}
 
 
@@ -186,6 +191,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--shifts", type=int, default=30)
     parser.add_argument("--slope", type=float, default=1.0, help="MiB it may keep per 1,000 requests.")
+    parser.add_argument("--replicas", type=int, default=1, help="Copies of the model, all on the CPU.")
     options = parser.parse_args()
     if options.shifts < 9:
         parser.error(f"a slope cannot be told from {options.shifts} shifts; run 9 or more")
@@ -194,15 +200,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bark = Bark.from_pretrained(
-            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"), device="cpu", max_batch=8
+            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"),
+            replicas=["cpu"] * options.replicas,
+            max_batch=8 // options.replicas,
         )
     bark.config = replace(bark.config, layout=replace(bark.config.layout, **SHORT_WINDOWS))
     requests = requests_at_random(random.Random(0))
     expected = [tokens(bark.generate(**request)) for request in requests]
-    for name, gpt in bark.runner.models.items():  # pages of two full contexts for eight utterances
-        bark.runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128)
-        for pages in (*bark.runner.pools[name].keys, *bark.runner.pools[name].values):
-            pages.zero_()  # or their memory would be committed as they are first written
+    for runner in bark.runners:
+        for name, gpt in runner.models.items():  # pages of two full contexts for eight utterances
+            runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128 // options.replicas)
+            for pages in (*runner.pools[name].keys, *runner.pools[name].values):
+                pages.zero_()  # or their memory would be committed as they are first written
     soak, kept = Soak(bark, requests, expected), []
     start = time.perf_counter()
     for number in range(options.shifts):
@@ -212,7 +221,9 @@ def main() -> None:
         print(f"{passed:5.0f} s, {kept[-1][1]:.2f} MiB at rest, {dict(soak.counts)}", flush=True)
         if soak.faults:
             break
-    preempted, grows = bark.scheduler.rounds.admission.preemptions, slope(kept) if len(kept) > 2 else 0.0
+    schedulers = bark.scheduler.schedulers if isinstance(bark.scheduler, Replicas) else [bark.scheduler]
+    preempted = sum(one.rounds.admission.preemptions for one in schedulers)
+    grows = slope(kept) if len(kept) > 2 else 0.0
     if grows > options.slope:
         soak.faults.append(f"memory grows by {grows:.2f} MiB per 1,000 requests")
     if not preempted:

@@ -7,7 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engine_load import CPU, LAYOUT, PAGES_OF_ONE, SmallRunner, random_request, spoken_alone, tokens_of
+from engine_load import (
+    CPU,
+    LAYOUT,
+    PAGES_OF_ONE,
+    BurstingRunner,
+    SmallRunner,
+    random_request,
+    spoken_alone,
+    tokens_of,
+)
 
 from bark_fast.audio import Tokens
 from bark_fast.config import Layout
@@ -164,22 +173,37 @@ class Preempting(Watched):
         return (len(sequences) == 1 or self.rng.random() > 0.15) and super().fits(model, sequences, rows)
 
 
+class Bursting(Watched, BurstingRunner):
+    """In bursts of several tokens a step."""
+
+
 def is_mixed(steps):
     """Whether the same utterance, alone, had steps of both models in turn."""
     models = [model for model, _ in steps]
     return "coarse" in models and "semantic" in models[models.index("coarse") :]
 
 
+@pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")
 @pytest.mark.parametrize(
     ("kind", "pages", "limits", "preempted"),
     [
         (Watched, None, Limits(6, 512, 4), (0, 0)),
         (Watched, None, Limits(6, 13, 2), (0, 0)),
+        (Bursting, None, Limits(6, 40, 4), (0, 0)),
+        (Bursting, {"semantic": 9, "coarse": 12}, Limits(6, 80, 4), (30, 10**6)),
         (Preempting, None, Limits(6, 40, 4), (50, 10**6)),
         (Watched, {"semantic": 9, "coarse": 12}, Limits(6, 80, 4), (30, 10**6)),
         (Watched, PAGES_OF_ONE, Limits(4, 11, 4), (0, 10**6)),
     ],
-    ids=["whole-prompts", "prompts-in-pieces", "preempted-at-random", "few-pages", "pages-of-one"],
+    ids=[
+        "whole",
+        "in-pieces",
+        "bursts",
+        "bursts-few-pages",
+        "preempted-at-random",
+        "few-pages",
+        "pages-of-one",
+    ],
 )
 def test_80_utterances_say_what_each_says_in_order(suno_bark, load, kind, pages, limits, preempted):
     runner = kind(suno_bark.runner, pages)

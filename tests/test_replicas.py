@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engine_load import CPU, SmallRunner, random_request, spoken_alone, tokens_of
+from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken_alone, tokens_of
 
 from bark_fast import Bark, InvalidInput
 from bark_fast.engine.replicas import Replicas
@@ -45,8 +45,8 @@ def no_thread_stays() -> Iterator[None]:
 class Pair:
     """Two replicas of small runners."""
 
-    def __init__(self, bark, first=SmallRunner, pages=None, utterances=4):
-        self.runners = [first(bark.runner, pages), SmallRunner(bark.runner, pages)]
+    def __init__(self, bark, first=SmallRunner, pages=None, utterances=4, second=SmallRunner):
+        self.runners = [first(bark.runner, pages), second(bark.runner, pages)]
         limits = Limits(utterances, 80, 4)
         self.engine = Replicas([Scheduler(runner, limits=limits) for runner in self.runners])
 
@@ -65,9 +65,11 @@ def jobs(pairs):
     return [request.utterances()[0] for request, _ in pairs]
 
 
+@pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")
+@pytest.mark.parametrize("kind", [SmallRunner, BurstingRunner])
 @pytest.mark.parametrize("pages", [None, {"semantic": 9, "coarse": 10}], ids=["much-memory", "few-pages"])
-def test_60_requests_say_what_each_says_alone(suno_bark, load, pages):
-    pair = Pair(suno_bark, pages=pages)
+def test_60_requests_say_what_each_says_alone(suno_bark, load, pages, kind):
+    pair = Pair(suno_bark, kind, pages, second=kind)
     got = {one.index: tokens_of(one) for one in pair.engine.run(u for r, _ in load for u in r.utterances())}
     assert [got[index] for index in range(len(got))] == [said for _, alone in load for said in alone]
     preempted = [one.rounds.admission.preemptions for one in pair.engine.schedulers]

@@ -133,7 +133,10 @@ class DecodeLoop:
         return plain and (sequence.work.rule.greedy or isinstance(sequence.noise, PhiloxNoise))
 
     def run(self, sequences: Items[Sequence]) -> list[list[int]]:
-        """The tokens each sequence drew, at least one: a burst's, or two bursts' when the batch has changed."""
+        """The tokens each sequence drew: a burst's, or two bursts' when the batch has changed.
+
+        None where there is no page for the token after next: a burst wants room for it, a plain step does not.
+        """
         got: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
         burst = self.burst
         if burst is not None and not self._carries(burst, sequences):
@@ -155,7 +158,7 @@ class DecodeLoop:
         )
 
     def _begin(self, rows: list[_Row], got: dict[Sequence, list[int]]) -> _Burst | None:
-        """Write the state of those who go on into the buffers, and launch a burst."""
+        """Write the state of those who go on into the buffers, and launch a burst, if there are pages."""
         rows = [row for row in rows if row.left > 0]
         if not rows:
             return None
@@ -164,6 +167,8 @@ class DecodeLoop:
         steps = min(BURST, max(row.left for row in rows))
         if not self._fits(rows, steps):
             steps = 1
+        if not self._fits(rows, steps):
+            return None
         rows, tables = self._extend(rows, steps)
         rules = [row.sequence.work.rule for row in rows]
         bucket = 1 << (len(rows) - 1).bit_length()

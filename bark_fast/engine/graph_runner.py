@@ -36,4 +36,7 @@ class GraphRunner(EagerRunner):
             drawn.update(zip(others, super()._step(model, others), strict=True))
         if looping:
             drawn.update(zip(looping, self.loops[model].run(looping), strict=True))
+            short = [sequence for sequence in looping if not drawn[sequence]]  # of pages for a burst
+            if short:
+                drawn.update(zip(short, super()._step(model, short), strict=True))
         return [drawn[sequence] for sequence in sequences]
