@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from bark_fast.errors import InvalidInput
@@ -24,6 +26,31 @@ def pick_device(device: str | torch.device) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"device {device!r} cannot be used ({reason}); try 'cpu' or 'auto'") from None
     return chosen
+
+
+def pick_replicas(replicas: int | Sequence[str | torch.device]) -> list[torch.device]:
+    """The devices of several copies of the model: those named, or the first so many GPUs."""
+    if isinstance(replicas, int) and not isinstance(replicas, bool):
+        found = torch.cuda.device_count()
+        if not 1 <= replicas <= found:
+            raise InvalidInput(
+                f"replicas is {replicas}; as a number it counts GPUs, of which {found} can be seen: "
+                f"name devices instead, such as ['cuda:0', 'cuda:1']"
+            )
+        replicas = [f"cuda:{index}" for index in range(replicas)]
+    if isinstance(replicas, (bool, str, bytes)) or not isinstance(replicas, Sequence) or not replicas:
+        raise InvalidInput(f"replicas is {replicas!r}; give a list of at least one device, or a number of GPUs")
+    places = [_numbered(pick_device(one)) for one in replicas]
+    if len(kinds := sorted({place.type for place in places})) > 1:
+        raise InvalidInput(
+            f"replicas are on {' and '.join(kinds)}; name devices of one kind, on which a text says the same"
+        )
+    return places
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """ "cuda" with the number of the GPU it stands for."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

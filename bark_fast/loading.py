@@ -57,6 +57,18 @@ def load_models(
     )
 
 
+def copied_to(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
+    """The same weights on `device`: tied ones stay tied, and those that are there already are shared."""
+    moved: dict[int, torch.Tensor] = {}
+    weights: dict[ModelName, dict[str, torch.Tensor]] = {model: {} for model in checkpoint.weights}
+    for model, tensors in checkpoint.weights.items():
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() not in moved:
+                moved[tensor.data_ptr()] = tensor.to(device)
+            weights[model][name] = moved[tensor.data_ptr()]
+    return replace(checkpoint, weights=weights)
+
+
 def make_runner(
     checkpoint: Checkpoint, device: torch.device, max_batch: int, max_memory: int | None, offload: bool
 ) -> EagerRunner:

@@ -56,6 +56,7 @@ def stage_options(
     given: Mapping[str, SamplingParams | None],
     max_seconds: float | None,
     joined: bool,
+    overlap: bool,
 ) -> Options:
     """What the stages need. given: parameters by stage; what they leave out is taken from `defaults`."""
     for name, params in given.items():
@@ -80,6 +81,7 @@ def stage_options(
         coarse_vocab_size=config.coarse.output_vocab_size,
         max_seconds=max_seconds,
         joined=joined,
+        overlap=overlap,
     )
 
 

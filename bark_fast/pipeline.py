@@ -11,11 +11,12 @@ import torch
 
 from bark_fast.audio import Audio, Tokens
 from bark_fast.checkpoint import Checkpoint
-from bark_fast.device import pick_device, pick_dtype
+from bark_fast.device import pick_device, pick_dtype, pick_replicas
+from bark_fast.engine.replicas import Replicas
 from bark_fast.engine.scheduler import Group, Limits, Observer, Outcome, Scheduler, Utterance
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import InvalidInput
-from bark_fast.loading import load_models, make_runner
+from bark_fast.loading import copied_to, load_models, make_runner
 from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
@@ -47,7 +48,7 @@ class Bark:
     """A loaded Bark model. Build one with `Bark.from_pretrained`.
 
     `defaults` are the checkpoint's sampling parameters, `dialect` whose order of sampling steps is followed
-    ("suno" or "hf"), `voices` where voice names are looked up.
+    ("suno" or "hf"), `voices` where voice names are looked up. `runners` carry out the work, one a replica.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Bark:
         max_batch: int = 16,
         max_memory: int | None = None,
         offload: bool = False,
+        replicas: Sequence[torch.device] = (),
     ) -> None:
         config = checkpoint.config
         self.config, self.device, self.source = config, device, checkpoint.source
@@ -70,10 +72,15 @@ class Bark:
             speaker_embeddings=checkpoint.speaker_embeddings,
             hub_id=checkpoint.hub_id,
         )
-        self.runner = make_runner(checkpoint, device, max_batch, max_memory, offload)
+        self.runners = [
+            make_runner(copied_to(checkpoint, place), place, max_batch, max_memory, offload=False)
+            for place in replicas
+        ] or [make_runner(checkpoint, device, max_batch, max_memory, offload)]
+        self.runner = self.runners[0]
         limits = Limits(utterances=max_batch, one_model=offload)
-        self.scheduler: Scheduler[list[Speech]] = Scheduler(self.runner, limits=limits)
-        self._worker = Worker(self.scheduler)
+        schedulers: list[Scheduler[list[Speech]]] = [Scheduler(one, limits=limits) for one in self.runners]
+        self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
+        self._worker = self.scheduler if isinstance(self.scheduler, Replicas) else Worker(self.scheduler)
 
     @classmethod
     def from_pretrained(
@@ -87,6 +94,7 @@ class Bark:
         max_memory: int | None = None,
         devices: Mapping[str, str | torch.device] | None = None,
         offload: bool = False,
+        replicas: int | Sequence[str | torch.device] | None = None,
         progress: bool = False,
     ) -> Bark:
         """Load a checkpoint: a folder of suno's or Hugging Face's files, "suno" (suno's cache), or a hub id.
@@ -97,17 +105,24 @@ class Bark:
         max_memory: bytes that weights and caches together may take; the caches get what the weights leave, and
         utterances wait for pages or are recomputed where that is little. (What a step computes comes on top.)
         devices: where single models run, by name: semantic, coarse, fine, codec; the others are on `device`.
+        With semantic and coarse apart, a text's coarse tokens are drawn while its semantic ones still are.
         offload: keep the weights on the host and bring one model at a time to `device`: all utterances under
         way pass a stage before the next one begins.
+        replicas: devices of one kind that each hold the whole model, as ["cuda:0", "cuda:1"], or the number of
+        GPUs to take. Each advances `max_batch` utterances within `max_memory`, in a thread of its own; a text
+        goes where the fewest are under way, and says the same everywhere. Weights are read once.
         Raises CheckpointError when files are missing or damaged, InvalidInput for an option out of range.
         """
         if dialect is not None and dialect not in DIALECTS:
             raise InvalidInput(f"dialect is {dialect!r}; choose one of {', '.join(DIALECTS)}")
         if not isinstance(max_batch, int) or max_batch < 1:
             raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer of at least 1")
-        where = pick_device(device)
+        if replicas is not None and (device != "auto" or devices or offload):
+            raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
+        places = [] if replicas is None else pick_replicas(replicas)
+        where = places[0] if places else pick_device(device)
         checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress)
-        return cls(checkpoint, where, dialect, max_batch, max_memory, offload)
+        return cls(checkpoint, where, dialect, max_batch, max_memory, offload, places)
 
     @overload
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Audio: ...
@@ -169,7 +184,7 @@ class Bark:
                 f"{len(texts)} texts in one Hugging Face batch; this model takes max_batch={self.max_batch} at "
                 f"a time: load it with a higher max_batch, or give one seed per text"
             )
-        options = self._options(semantic, coarse, fine, max_seconds, joined)
+        options = self._options(semantic, coarse, fine, max_seconds, rng, joined)
         chunks = [self._chunks(one, long_form) for one in texts]
         voices = self._histories(voice, len(texts))
         if not texts:
@@ -186,7 +201,7 @@ class Bark:
         report: ProgressCallback | None = bar or (progress if callable(progress) else None)
         audios: dict[int, Audio] = {}
         try:
-            for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self.max_batch):
+            for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self._places):
                 audios[outcome.index] = self._spoken(outcome)
         finally:
             if bar is not None:
@@ -225,8 +240,8 @@ class Bark:
             long_form. A seed is for each text alike, and rng="torch" needs one: each text is then one call of
             suno's or Hugging Face's.
 
-        Work is done while a result is waited for, not in between. Leaving the loop, closing the iterator or
-        Ctrl-C gives up what is under way and frees what it holds.
+        Work is done while a result is waited for, not in between; replicas go on with what is under way.
+        Leaving the loop, closing the iterator or Ctrl-C gives up what is under way and frees what it holds.
         """
         if errors not in ("raise", "yield"):
             raise InvalidInput(f"errors is {errors!r}; choose 'raise' or 'yield'")
@@ -251,7 +266,7 @@ class Bark:
                 return Utterance(_failing(error), make_noise(0, "philox", self.device, "suno", 1, False)[0])
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
-            for outcome in self.scheduler.run(map(job, requests), _observer(progress), self.max_batch):
+            for outcome in self.scheduler.run(map(job, requests), _observer(progress), self._places):
                 if outcome.error is not None and errors == "yield":
                     yield outcome.index, outcome.error
                 else:
@@ -277,6 +292,11 @@ class Bark:
         utterance = await asyncio.to_thread(self._utterance, text, **options)
         return self._spoken(await self._worker.outcome(utterance, _observer(progress)))
 
+    @property
+    def _places(self) -> int:
+        """Utterances of one call under way at a time."""
+        return self.max_batch * len(self.runners)
+
     def _utterance(
         self,
         text: str,
@@ -299,7 +319,7 @@ class Bark:
                 "rng='torch' without a seed takes turns at torch's global generator, which texts under way "
                 "together cannot; give a seed, or use generate"
             )
-        options = self._options(semantic, coarse, fine, max_seconds, joined=False)
+        options = self._options(semantic, coarse, fine, max_seconds, rng)
         chunks = self._chunks(checked, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
@@ -311,10 +331,13 @@ class Bark:
         coarse: SamplingParams | None,
         fine: SamplingParams | None,
         max_seconds: float | None,
-        joined: bool,
+        rng: Rng,
+        joined: bool = False,
     ) -> Options:
         given = {"semantic": semantic, "coarse": coarse, "fine": fine}
-        return stage_options(self.config, self.dialect, self.defaults, given, max_seconds, joined)
+        # two stages of a text at once gain nothing on one device, and would mix up a generator's draws
+        overlap = rng == "philox" and self.runner.devices["semantic"] != self.runner.devices["coarse"]
+        return stage_options(self.config, self.dialect, self.defaults, given, max_seconds, joined, overlap)
 
     def _chunks(self, text: str, split: bool) -> list[IntArray]:
         """Token ids of the text, or of its chunks when it may be split."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from bark_fast.config import Layout
-from bark_fast.work import Decode, FinePass, Join, Work
+from bark_fast.work import Await, Decode, FinePass, Fork, Join, Work
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ _SHARES = {"semantic": (0.0, 0.15), "coarse": (0.15, 0.65), "fine": (0.8, 0.18),
 
 def progress_of(index: int, work: Work, done: int) -> Progress | None:
     """The event for `done` units of `work`, None for work that is not progress."""
-    if isinstance(work, Join):
+    if isinstance(work, (Join, Fork, Await)):
         return None
     if isinstance(work, Decode):
         return Progress(index, work.chunk, work.model, work.first_step + done, work.total_steps)

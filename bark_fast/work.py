@@ -81,7 +81,33 @@ class Join:
     rule: SamplingRule
 
 
-Work: TypeAlias = Decode | FinePass | Vocode | Join
+@dataclass(frozen=True)
+class Fork:
+    """Begin with another coroutine of the same utterance. Answered at once, with a branch to wait for.
+
+    Noise must not depend on the order of draws. The branch ends with the coroutine that forked it.
+    """
+
+    stage: Generator[Any, Any, IntArray]
+
+
+@dataclass(frozen=True)
+class Await:
+    """Wait until `branch` has drawn `tokens` tokens, or until it has ended (None). Answered with `Drawn`."""
+
+    branch: object
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The tokens (n,) a branch has drawn so far; its result, if it has `ended`."""
+
+    tokens: IntArray
+    ended: bool
+
+
+Work: TypeAlias = Decode | FinePass | Vocode | Join | Fork | Await
 T = TypeVar("T")
 Stage: TypeAlias = Generator[Work, Any, T]
 """A coroutine that yields work, is sent each answer, and returns T."""

@@ -4,6 +4,10 @@ Requests of random lengths, voices, settings and seeds come in through asyncio, 
 plain calls, in several threads at once, on a cache that is too small for them all. Some are cancelled, some
 streams are left early, some requests are bad. Each text that is spoken is compared with what it says alone.
 
+The load comes in shifts. Between two of them nothing is under way: no page may be held, no thread left, and
+what the process has resident after giving freed memory back to the system is what it keeps. A line is fitted
+through that over the requests of the last two thirds of the shifts; its slope is bounded.
+
     python benchmarks/soak.py --minutes 30
 """
 
@@ -20,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,42 +34,30 @@ import torch
 
 from bark_fast import Audio, Bark, InvalidInput, SamplingParams, make_checkpoint
 from bark_fast.engine.kv_pool import KVPool
+from bark_fast.engine.replicas import Replicas
 
-
-class _HeapStatistics(ctypes.Structure):
-    """glibc's `struct mallinfo2`."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
-            "keepcost",
-        )
-    ]  # fmt: skip
-
-
-def allocated() -> float:
-    """MiB that were allocated and not freed, by glibc's own count; 0 where there is no such count."""
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (AttributeError, OSError):
-        return 0.0
-    mallinfo2.restype = _HeapStatistics
-    gc.collect()
-    statistics = mallinfo2()
-    return float(statistics.uordblks + statistics.hblkhd) / 2**20
-
-
+FRUGAL = {"MALLOC_ARENA_MAX": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+"""What would hide a leak, or look like one: each of glibc's arenas keeps what its thread has freed, and oneDNN
+keeps the last 1,024 convolutions it compiled, which is some 100 MiB before it is full."""
 REQUESTS = 40
 CALLERS = 3
 SHORT_WINDOWS = {"fine_window": 64, "fine_stride": 32}
 """The fine stage costs most of a tiny model's time and is the least of a scheduler's troubles."""
 
 
-def memory() -> float:
-    """Resident MiB of this process."""
+def resident() -> float:
+    """MiB resident in this process, of what it has not freed: freed memory goes back to the system first."""
+    gc.collect()
+    with suppress(AttributeError, OSError):  # another libc than glibc
+        ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def slope(points: list[tuple[int, float]]) -> float:
+    """MiB per 1,000 requests, by least squares over the last two thirds of (requests so far, MiB)."""
+    late = points[len(points) // 3 :]
+    return 1000 * float(np.polyfit(*zip(*late, strict=True), 1)[0])
 
 
 def requests_at_random(rng: random.Random) -> list[dict[str, Any]]:
@@ -93,7 +86,7 @@ class Soak:
     bark: Bark
     requests: list[dict[str, Any]]
     expected: list[bytes]
-    deadline: float
+    deadline: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
@@ -143,8 +136,13 @@ class Soak:
             else:
                 self.faults.append(f"request {which} met {result!r}")
 
+    @property
+    def requests_made(self) -> int:
+        """Texts spoken, cancelled or refused so far."""
+        return sum(self.counts[kind] for kind in ("spoken", "cancelled", "bad"))
+
     def caller(self, number: int) -> None:
-        """Ask for this and that until the time is over."""
+        """Ask for this and that until the shift is over."""
         rng = random.Random(number)
         try:
             while time.perf_counter() < self.deadline and not self.faults:
@@ -165,56 +163,73 @@ def tokens(audio: Audio) -> bytes:
 
 def held(bark: Bark) -> dict[str, tuple[int, int]]:
     """Pages and sequences in the caches, by model."""
-    stats = {name: pool.pool.stats() for name, pool in bark.runner.pools.items()}
+    stats = {
+        f"{name} {place}": pool.pool.stats()
+        for place, runner in enumerate(bark.runners)
+        for name, pool in runner.pools.items()
+    }
     return {name: (one.pages_used, one.sequences) for name, one in stats.items()}
+
+
+def shift(soak: Soak, number: int, seconds: float) -> None:
+    """All callers at once for a while; nothing of theirs may be left afterwards."""
+    soak.deadline = time.perf_counter() + seconds
+    callers = [threading.Thread(target=soak.caller, args=(CALLERS * number + i,)) for i in range(CALLERS)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    if any(one != (0, 0) for one in held(soak.bark).values()):
+        soak.faults.append(f"pages or sequences are still held: {held(soak.bark)}")
 
 
 def main() -> None:
     """Run the load; exit non-zero when something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--growth", type=float, default=64.0, help="MiB the process may grow after a warm-up.")
-    parser.add_argument("--left", type=float, default=16.0, help="MiB that may still be allocated at the end.")
+    parser.add_argument("--shifts", type=int, default=30)
+    parser.add_argument("--slope", type=float, default=1.0, help="MiB it may keep per 1,000 requests.")
+    parser.add_argument("--replicas", type=int, default=1, help="Copies of the model, all on the CPU.")
     options = parser.parse_args()
-    if "MALLOC_ARENA_MAX" not in os.environ:
-        # each of glibc's arenas keeps what its thread has freed, which would hide a leak among 16 of them
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_ARENA_MAX": "1"})
+    if options.shifts < 9:
+        parser.error(f"a slope cannot be told from {options.shifts} shifts; run 9 or more")
+    if any(os.environ.get(name) != value for name, value in FRUGAL.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FRUGAL)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         bark = Bark.from_pretrained(
-            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"), device="cpu", max_batch=8
+            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"),
+            replicas=["cpu"] * options.replicas,
+            max_batch=8 // options.replicas,
         )
     bark.config = replace(bark.config, layout=replace(bark.config.layout, **SHORT_WINDOWS))
     requests = requests_at_random(random.Random(0))
     expected = [tokens(bark.generate(**request)) for request in requests]
-    for name, gpt in bark.runner.models.items():  # pages of two full contexts for eight utterances
-        bark.runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128)
-    before, start = allocated(), time.perf_counter()
-    soak = Soak(bark, requests, expected, start + 60 * options.minutes)
-    callers = [threading.Thread(target=soak.caller, args=(number,)) for number in range(CALLERS)]
-    for caller in callers:
-        caller.start()
-    resident = []
-    while any(caller.is_alive() for caller in callers):
-        time.sleep(min(10.0, 6 * options.minutes))
-        resident.append(memory())
+    for runner in bark.runners:
+        for name, gpt in runner.models.items():  # pages of two full contexts for eight utterances
+            runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128 // options.replicas)
+            for pages in (*runner.pools[name].keys, *runner.pools[name].values):
+                pages.zero_()  # or their memory would be committed as they are first written
+    soak, kept = Soak(bark, requests, expected), []
+    start = time.perf_counter()
+    for number in range(options.shifts):
+        shift(soak, number, 60 * options.minutes / options.shifts)
+        kept.append((soak.requests_made, resident()))
         passed = time.perf_counter() - start
-        print(f"{passed:5.0f} s, {resident[-1]:.0f} MiB, {dict(soak.counts)}, held {held(bark)}", flush=True)
-    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
-        time.sleep(0.01)
-    left = allocated() - before
-    preempted = bark.scheduler.rounds.admission.preemptions
-    grown = max(resident[len(resident) // 2 :]) - max(resident[: max(1, len(resident) // 3)])
-    if any(held(bark)[name] != (0, 0) for name in bark.runner.pools):
-        soak.faults.append(f"pages or sequences are still held: {held(bark)}")
-    if grown > options.growth:
-        soak.faults.append(f"memory grew by {grown:.0f} MiB")
-    if left > options.left:
-        soak.faults.append(f"{left:.1f} MiB were allocated and not freed")
+        print(f"{passed:5.0f} s, {kept[-1][1]:.2f} MiB at rest, {dict(soak.counts)}", flush=True)
+        if soak.faults:
+            break
+    schedulers = bark.scheduler.schedulers if isinstance(bark.scheduler, Replicas) else [bark.scheduler]
+    preempted = sum(one.rounds.admission.preemptions for one in schedulers)
+    grows = slope(kept) if len(kept) > 2 else 0.0
+    if grows > options.slope:
+        soak.faults.append(f"memory grows by {grows:.2f} MiB per 1,000 requests")
     if not preempted:
         soak.faults.append("nobody was preempted: the load was too light to show anything")
-    print(f"{soak.counts['spoken']} spoken, {preempted} preemptions")
-    print(f"the process grew by {grown:.1f} MiB, of which {left:.2f} MiB are still allocated")
+    print(f"{soak.requests_made} requests, {soak.counts['spoken']} spoken, {preempted} preemptions")
+    print(f"{grows:+.3f} MiB per 1,000 requests at rest, of {options.slope} allowed")
     sys.exit("\n".join(soak.faults) if soak.faults else 0)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bark_fast.audio import Tokens
 from bark_fast.config import Layout
+from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.kv_pool import KVPool
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Group, Limits, Outcome, Scheduler, Utterance
@@ -45,6 +46,10 @@ class SmallRunner(EagerRunner):
         """Pages and sequences still held, by model, where there are any."""
         held = {name: pool.pool.stats() for name, pool in self.pools.items()}
         return {name: (s.pages_used, s.sequences) for name, s in held.items() if s.pages_used or s.sequences}
+
+
+class BurstingRunner(GraphRunner, SmallRunner):
+    """The same, decoding in bursts as on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ def test_bursts_draw_what_steps_draw(suno_bark: Bark, alone, device: str, max_ba
     assert bool(runner.captures) == (device == "cuda")
 
 
+@pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")
 @pytest.mark.usefixtures("models_back_on_the_cpu")
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_same_under_constant_preemption(suno_bark: Bark, alone, device: str) -> None:
@@ -208,10 +209,10 @@ def test_a_step_takes_more_than_one_token_from_a_burst(suno_bark: Bark) -> None:
     assert max(len(tokens) for step in steps for tokens in step) == BURST
 
 
-def straight(prompt: int) -> Stage[list[int]]:
+def straight(prompt: int, first: int = 10_000) -> Stage[list[int]]:
     """A prompt of so many tokens and 40 more."""
     rule = SamplingRule("suno", COARSE, 12_096, temperature=0.7)
-    work = Decode("coarse", torch.arange(10_000, 10_000 + prompt).numpy(), rule, 40)
+    work = Decode("coarse", torch.arange(first, first + prompt).numpy(), rule, 40)
     return (yield work).tokens.tolist()
 
 
@@ -223,6 +224,23 @@ def test_a_burst_may_end_anywhere_in_a_page(suno_bark: Bark, prompt: int) -> Non
         (outcome,) = Scheduler(runner).run([Utterance(straight(prompt), PhiloxNoise(1, runner.device))])
         assert outcome.error is None
         drawn.append(outcome.result)
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")
+@pytest.mark.parametrize("pages", range(4, 13))
+def test_no_page_for_the_token_after_next_costs_a_burst_and_no_more(suno_bark: Bark, pages: int) -> None:
+    """Three that begin together; each one's first draw fills its page."""
+    drawn = []
+    for kind in (EagerRunner, GraphRunner):
+        runner = runner_of(kind, suno_bark, "cpu")
+        pool = runner.pools["coarse"].pool
+        pool.extend(hostage := pool.create(), (pool.stats().pages_free - pages) * PAGE_SIZE)
+        stages = [straight(PAGE_SIZE - 1, first) for first in (10_000, 10_100, 10_200)]
+        jobs = [Utterance(stage, PhiloxNoise(1, runner.device)) for stage in stages]
+        drawn.append({one.index: (one.result, one.error) for one in Scheduler(runner).run(jobs)})
+        pool.free(hostage)
+        assert_empty(runner)
     assert drawn[0] == drawn[1]
 
 

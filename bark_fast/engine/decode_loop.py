@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from bark_fast.ops.decode_state import STEP, DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
+
+ONE_CAPTURE = Lock()
+"""torch captures one graph at a time in a process; replicas have threads of their own."""
 
 
 class DecodeLoop:
@@ -38,6 +42,9 @@ class DecodeLoop:
         self.model, self.gpt, self.pool, self.given = model, gpt, pool, given
         self.capture = capture and pool.device.type == "cuda"
         self.memory = torch.cuda.graph_pool_handle() if self.capture else None
+        self.side: torch.cuda.Stream | None = None
+        if self.capture:  # on a stream of this device: torch's own for captures is on one device, the first
+            self.side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self.buffers: dict[int, Buffers] = {}
         self.shape: Shape | None = None
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
@@ -53,7 +60,10 @@ class DecodeLoop:
         return self.given and isinstance(sequence.noise, DrawnAhead)
 
     def run(self, sequences: Items[Sequence]) -> list[list[int]]:
-        """The tokens each sequence drew, at least one: a burst's, or two bursts' when the batch has changed."""
+        """The tokens each sequence drew: a burst's, or two bursts' when the batch has changed.
+
+        None where there is no page for the token after next: a burst wants room for it, a plain step does not.
+        """
         got: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
         burst = self.burst
         if burst is not None and not self._carries(burst, sequences):
@@ -75,7 +85,7 @@ class DecodeLoop:
         )
 
     def _begin(self, rows: list[Row], got: dict[Sequence, list[int]]) -> Burst | None:
-        """Write the state of those who go on into the buffers, and launch a burst."""
+        """Write the state of those who go on into the buffers, and launch a burst, if there are pages."""
         rows = [row for row in rows if row.left > 0]
         if not rows:
             return None
@@ -84,6 +94,8 @@ class DecodeLoop:
         steps = min(BURST, max(row.left for row in rows))
         if not self._fits(rows, steps):
             steps = 1
+        if not self._fits(rows, steps):
+            return None
         rows, tables = self._extend(rows, steps)
         rules = [row.sequence.work.rule for row in rows]
         bucket = 1 << (len(rows) - 1).bit_length()
@@ -214,7 +226,8 @@ class DecodeLoop:
         graph = torch.cuda.CUDAGraph()
         try:
             self._warm_up()
-            with torch.cuda.graph(graph, pool=self.memory):
+            # other threads, at work on other devices, are free to allocate meanwhile
+            with ONE_CAPTURE, torch.cuda.graph(graph, self.memory, self.side, "thread_local"):
                 self._step()
         except RuntimeError as error:
             self.capture = False
@@ -232,9 +245,9 @@ class DecodeLoop:
 
     def _warm_up(self) -> None:
         """Run the step on a side stream, so that what is allocated or compiled once is not captured."""
-        side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        assert self.side is not None
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
             self._step()
             self._step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.side)

@@ -45,4 +45,7 @@ class GraphRunner(EagerRunner):
         for loop, group in groups:
             if group:
                 drawn.update(zip(group, loop.run(group), strict=True))
+        short = [sequence for sequence in looping if not drawn[sequence]]  # of pages for a burst
+        if short:
+            drawn.update(zip(short, super()._step(model, short), strict=True))
         return [drawn[sequence] for sequence in sequences]

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 from bark_fast.engine.admission import Admission
 from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.runner import Runner
-from bark_fast.engine.utterance import Active, Outcome, Owner, Utterance
+from bark_fast.engine.utterance import Active, Branch, Outcome, Owner, Utterance
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise
-from bark_fast.work import Decode, FinePass, Join, Vocode, Work
+from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, Work
 
 T = TypeVar("T")
 MODELS = ("semantic", "coarse")
@@ -102,6 +102,8 @@ class Rounds(Generic[T]):
                     if one.sequence.done and one.answer is None:
                         one.answer = one.sequence.result()
             raise
+        for one in self._waiting_for(Await):
+            one.answer = one.work.branch.answer(one.work.tokens)
         for one in list(self.active):
             if one.answer is not None:
                 self._advance(one)
@@ -118,7 +120,8 @@ class Rounds(Generic[T]):
     def _admit(self) -> None:
         """Begin with those who wait, as long as there are places for a whole party, or it is alone."""
         while self.waiting:
-            free = self.limits.utterances - len(self.active)
+            under_way = sum(not isinstance(one.owner, Branch) for one in self.active)
+            free = self.limits.utterances - under_way
             if self.active and len(self.waiting[0]) > free:
                 break
             self.active += self.waiting.popleft()
@@ -129,9 +132,14 @@ class Rounds(Generic[T]):
         """Send the answer to the coroutine and take up its next work, or report how it ended."""
         answer, one.answer = one.answer, None
         try:
-            if isinstance(answer, Exception):
-                raise answer
-            self._begin(one, one.stage.send(answer))
+            while True:
+                if isinstance(answer, Exception):
+                    raise answer
+                work = one.stage.send(answer)
+                answer = self._at_once(one, work)
+                if answer is None:
+                    break
+            self._begin(one, work)
         except StopIteration as end:
             self._end(one, Outcome(one.index, result=end.value))
         except Exception as error:
@@ -139,6 +147,24 @@ class Rounds(Generic[T]):
         except BaseException:
             self._end(one, Outcome(one.index, error=GenerationError("the utterance was interrupted")))
             raise
+
+    def _at_once(self, one: Active[T], work: Work) -> Any:
+        """The answer to what takes no time, for which pages are kept; None for work to be done."""
+        if isinstance(work, Fork):
+            return self._fork(one, work.stage)
+        if isinstance(work, Await):
+            assert isinstance(work.branch, Branch)
+            return work.branch.answer(work.tokens)
+        return None
+
+    def _fork(self, one: Active[T], stage: Stage[Any]) -> Branch:
+        if not isinstance(one.noise, PhiloxNoise):
+            raise GenerationError("branches draw in any order, and this noise has one; report this")
+        branch = Branch(one, stage, PhiloxNoise(one.noise.seed, one.noise.device))
+        one.branches = [other for other in one.branches if other.outcome is None] + [branch]
+        self.active.insert(self.active.index(one), branch.active)
+        self._advance(branch.active)
+        return branch
 
     def _begin(self, one: Active[T], work: Work) -> None:
         same_model = isinstance(work, Decode) and isinstance(one.work, Decode) and one.work.model == work.model
@@ -158,11 +184,16 @@ class Rounds(Generic[T]):
         one.owner.ended(outcome)
 
     def _close(self, one: Active[T]) -> None:
+        one.answer = None
         try:
             one.stage.close()
         finally:
             one.settle()
             self._give_back(one)
+            for branch in one.branches:
+                if branch.active in self.active:
+                    self.active.remove(branch.active)
+                    self._close(branch.active)
 
     def _give_back(self, one: Active[T]) -> None:
         if one.sequence is not None and isinstance(one.work, Decode):

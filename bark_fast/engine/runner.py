@@ -32,7 +32,12 @@ SEMANTIC_STREAM, COARSE_STREAM, FINE_STREAM = 0, 1, 16
 
 
 class Runner(Protocol):
-    """Executes one batch of work on one model. Who runs, and on which pages, is the scheduler's decision."""
+    """Executes one batch of work on one model. Who runs, and on which pages, is the scheduler's decision.
+
+    device: where noise is best drawn.
+    """
+
+    device: torch.device
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         """A new, empty sequence in `model`."""

@@ -14,7 +14,7 @@ from bark_fast.engine.utterance import Group, Outcome, Utterance
 from bark_fast.errors import GenerationError
 from bark_fast.work import Work
 
-__all__ = ["Group", "Limits", "Observer", "Outcome", "Scheduler", "Session", "Utterance"]
+__all__ = ["Group", "Limits", "Observer", "Outcome", "Scheduler", "Session", "Utterance", "parties"]
 
 T = TypeVar("T")
 Observer = Callable[[int, Work, int], None]
@@ -44,7 +44,7 @@ class Scheduler(Generic[T]):
         an exception from the iterable or the observer, gives back everything held.
         """
         limit = self.rounds.limits.utterances if limit is None else limit
-        source = _parties(enumerate(utterances))
+        source = parties(enumerate(utterances))
         with Session(self, observer) as session:
             while True:
                 while session.pending < limit:
@@ -147,7 +147,7 @@ class Session(Generic[T]):
         self._scheduler._drop(self)
 
 
-def _parties(utterances: Iterable[tuple[int, Utterance[T]]]) -> Iterator[list[tuple[int, Utterance[T]]]]:
+def parties(utterances: Iterable[tuple[int, Utterance[T]]]) -> Iterator[list[tuple[int, Utterance[T]]]]:
     """One utterance after the other; members of a group, which follow each other, at once."""
     party: list[tuple[int, Utterance[T]]] = []
     for index, one in utterances:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from itertools import count
-from threading import Lock, Thread
+from threading import Condition, Thread, current_thread
 from typing import Generic, TypeVar
 
 from bark_fast.engine.scheduler import Observer, Outcome, Scheduler, Session, Utterance
@@ -21,27 +22,42 @@ class Worker(Generic[T]):
 
     def __init__(self, scheduler: Scheduler[T]) -> None:
         self._scheduler = scheduler
-        self._lock = Lock()
+        self._changed = Condition()  # reentrant: an iterator may be collected, and give up, anywhere
         self._thread: Thread | None = None
         self._numbers = count()
         self._orders: list[Callable[[Session[T]], None]] = []
+        self._ordered = self._carried_out = 0
         self._callers: dict[int, tuple[Callable[[Outcome[T]], None], Observer | None]] = {}
 
+    @property
+    def under_way(self) -> int:
+        """Utterances handed over that have not ended."""
+        return len(self._callers)
+
+    def numbers(self, how_many: int) -> list[int]:
+        """Numbers for as many utterances, for `submit` and `cancel`; none is given twice."""
+        return [next(self._numbers) for _ in range(how_many)]
+
     def submit(
-        self, utterance: Utterance[T], ended: Callable[[Outcome[T]], None], observer: Observer | None = None
-    ) -> int:
-        """Begin with an utterance as soon as there is a place; returns its number, for `cancel`.
+        self,
+        party: Mapping[int, Utterance[T]],
+        ended: Callable[[Outcome[T]], None],
+        observer: Observer | None = None,
+    ) -> None:
+        """Begin with an utterance, or all members of a group, by number, as soon as there is a place.
 
         ended, observer: called in the worker's thread; they must not raise.
         """
-        number = next(self._numbers)
-        with self._lock:
-            self._callers[number] = (ended, observer)
-            self._orders.append(lambda session: session.add([(number, utterance)]))
+        with self._changed:
+            self._callers.update(dict.fromkeys(party, (ended, observer)))
+            self._order(lambda session: session.add(list(party.items())))
             if self._thread is None:
                 self._thread = Thread(target=self._serve, name="bark-fast")
-                self._thread.start()
-        return number
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system has no more
+                    self._thread = None
+                    raise
 
     async def outcome(self, utterance: Utterance[T], observer: Observer | None = None) -> Outcome[T]:
         """How the utterance ended. Cancelling who awaits this gives it up.
@@ -69,17 +85,33 @@ class Worker(Generic[T]):
 
             return later
 
-        number = self.submit(utterance, in_loop(settle), None if observer is None else in_loop(observe))
+        (number,) = self.numbers(1)
         try:
+            self.submit({number: utterance}, in_loop(settle), None if observer is None else in_loop(observe))
             return await ended
         finally:
-            self.cancel(number)
+            self.cancel([number])
 
-    def cancel(self, number: int) -> None:
-        """Give up an utterance; nothing happens if it has ended. Its `ended` is not called any more."""
-        with self._lock:
-            if self._callers.pop(number, None) is not None:
-                self._orders.append(lambda session: session.cancel(number))
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Give up utterances; nothing happens if they have ended. Their `ended` is not called any more."""
+        with self._changed:
+            for number in numbers:
+                if self._callers.pop(number, None) is not None:
+                    self._order(partial(Session.cancel, index=number))
+
+    def settle(self) -> None:
+        """Wait until what was given up before this call holds nothing any more."""
+        with self._changed:
+            ordered = self._ordered
+            self._changed.wait_for(lambda: self._carried_out >= ordered or self._thread is None)
+
+    def runs_here(self) -> bool:
+        """Whether this is called from the worker's own thread."""
+        return current_thread() is self._thread
+
+    def _order(self, order: Callable[[Session[T]], None]) -> None:
+        self._orders.append(order)
+        self._ordered += 1
 
     def _serve(self) -> None:
         try:
@@ -88,21 +120,26 @@ class Worker(Generic[T]):
                     for outcome in session.wait():
                         self._report(outcome)
         except BaseException as error:
-            with self._lock:
+            with self._changed:
                 left, self._thread, self._orders = list(self._callers), None, []
+                self._carried_out = self._ordered
+                self._changed.notify_all()
             for number in left:
                 self._report(Outcome(number, error=GenerationError(f"the engine failed: {error!r}")))
             raise
 
     def _go_on(self, session: Session[T]) -> bool:
         """Carry out the orders; say whether there is work. Who orders after a no starts a new thread."""
-        with self._lock:
+        with self._changed:
             orders, self._orders = self._orders, []
             if not orders and not session.pending:
                 self._thread = None
                 return False
         for order in orders:
             order(session)
+        with self._changed:
+            self._carried_out += len(orders)
+            self._changed.notify_all()
         return True
 
     def _saw(self, number: int, work: Work, done: int) -> None:
@@ -111,7 +148,7 @@ class Worker(Generic[T]):
             caller[1](number, work, done)
 
     def _report(self, outcome: Outcome[T]) -> None:
-        with self._lock:
+        with self._changed:
             caller = self._callers.pop(outcome.index, None)
         if caller is not None:
             caller[0](outcome)

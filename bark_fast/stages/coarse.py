@@ -10,7 +10,8 @@ from bark_fast.audio import Tokens
 from bark_fast.config import Layout
 from bark_fast.sampling import Dialect, SamplingParams, SamplingRule, make_rule
 from bark_fast.stages.request import Options
-from bark_fast.work import Decode, Decoded, IntArray, Join, Stage
+from bark_fast.stages.semantic import max_tokens
+from bark_fast.work import Await, Decode, Decoded, Drawn, IntArray, Join, Stage
 
 
 def coarse_rule(params: SamplingParams, options: Options) -> SamplingRule:
@@ -31,12 +32,18 @@ def frames_for(n_semantic: int, layout: Layout, dialect: Dialect) -> int:
 
 
 def coarse(
-    tokens: IntArray, history: Tokens | None, params: SamplingParams, options: Options, chunk: int
+    tokens: IntArray,
+    history: Tokens | None,
+    params: SamplingParams,
+    options: Options,
+    chunk: int,
+    branch: object | None = None,
 ) -> Stage[IntArray]:
-    """Coarse codes (2, frames) in [0, codebook_size) for semantic tokens (n,), n > 0.
+    """Coarse codes (2, frames) in [0, codebook_size) for semantic tokens (n,).
 
     Windows of 60 codes: each prompt is up to 256 semantic tokens around the current place, the infer token
     and up to 630 codes before it. In a joined group every member runs to the longest one's length, as HF does.
+    branch: draws the semantic tokens meanwhile, in place of `tokens`.
     """
     layout, books = options.layout, options.layout.n_coarse_codebooks
     ratio, rule = layout.semantic_to_coarse_ratio, coarse_rule(params, options)
@@ -47,10 +54,19 @@ def coarse(
     total = books * frames_for(len(tokens), layout, options.dialect)
     if options.joined:
         total = max((yield Join(total, 0, rule)))
-    done = 0
-    while done < total:
-        place = base + round(done / ratio)
-        around = semantic[max(0, place - layout.max_semantic_history) :][: layout.max_coarse_input]
+    done, ended = 0, branch is None
+    while True:
+        first = max(0, base + round(done / ratio) - layout.max_semantic_history)
+        if not ended:
+            # all that the prompt shows of them, and enough that this window is not the last, shorter one
+            whole = math.ceil((done + layout.coarse_window + books) / ratio)
+            drawn: Drawn = yield Await(branch, max(first + layout.max_coarse_input - base, whole))
+            semantic, ended = np.concatenate([past_semantic, drawn.tokens]), drawn.ended
+            count = len(drawn.tokens) if ended else max_tokens(layout, options.max_seconds)
+            total = books * frames_for(count, layout, options.dialect)
+        if done >= total:
+            break
+        around = semantic[first:][: layout.max_coarse_input]
         pad = layout.max_coarse_input - len(around)
         prompt = np.concatenate([
             np.pad(around, (0, pad), constant_values=layout.coarse_semantic_pad_token),
@@ -68,9 +84,9 @@ def coarse(
         )
         codes += decoded.tokens.tolist()
         done += len(decoded.tokens)
-    drawn = np.array(codes[len(past_coarse) :], dtype=np.int64).reshape(-1, books).T
+    flat = np.array(codes[len(past_coarse) :], dtype=np.int64).reshape(-1, books).T
     # HF may draw ids above the second codebook and folds them back
-    result: IntArray = (drawn - layout.semantic_vocab_size) % layout.codebook_size
+    result: IntArray = (flat - layout.semantic_vocab_size) % layout.codebook_size
     return result
 
 

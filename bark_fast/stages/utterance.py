@@ -12,7 +12,7 @@ from bark_fast.stages.coarse import coarse, frames_for
 from bark_fast.stages.fine import fine
 from bark_fast.stages.request import Options
 from bark_fast.stages.semantic import semantic
-from bark_fast.work import FloatArray, IntArray, Stage, Vocode
+from bark_fast.work import Await, Drawn, FloatArray, Fork, IntArray, Stage, Vocode
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,20 @@ def utterance(text: IntArray, history: Tokens | None, options: Options, chunk: i
         now = time.perf_counter()
         timings[stage], clock = now - clock, now
 
-    semantic_tokens = yield from semantic(text, history, options.sampling.semantic, options, chunk)
-    lap("semantic")
-    frames = frames_for(len(semantic_tokens), options.layout, options.dialect)
-    if frames == 0:
-        raise GenerationError(
-            f"the model ended after {len(semantic_tokens)} semantic tokens, too few for one frame of audio; "
-            f"try another seed, a higher min_eos_p or more max_seconds"
-        )
-    coarse_codes = yield from coarse(semantic_tokens, history, options.sampling.coarse, options, chunk)
+    def first() -> Stage[IntArray]:
+        tokens = yield from semantic(text, history, options.sampling.semantic, options, chunk)
+        lap("semantic")
+        return tokens
+
+    if options.overlap:
+        branch = yield Fork(first())
+        coarse_codes = yield from coarse(text[:0], history, options.sampling.coarse, options, chunk, branch)
+        drawn: Drawn = yield Await(branch, None)
+        semantic_tokens, frames = drawn.tokens, _frames(drawn.tokens, options)
+    else:
+        semantic_tokens = yield from first()
+        frames = _frames(semantic_tokens, options)
+        coarse_codes = yield from coarse(semantic_tokens, history, options.sampling.coarse, options, chunk)
     lap("coarse")
     fine_codes = yield from fine(coarse_codes, history, options.sampling.fine, options, chunk)
     lap("fine")
@@ -51,6 +56,16 @@ def utterance(text: IntArray, history: Tokens | None, options: Options, chunk: i
     samples: FloatArray = yield Vocode(tokens.fine, chunk)
     lap("codec")
     return Speech(samples, tokens, timings)
+
+
+def _frames(semantic_tokens: IntArray, options: Options) -> int:
+    frames = frames_for(len(semantic_tokens), options.layout, options.dialect)
+    if frames == 0:
+        raise GenerationError(
+            f"the model ended after {len(semantic_tokens)} semantic tokens, too few for one frame of audio; "
+            f"try another seed, a higher min_eos_p or more max_seconds"
+        )
+    return frames
 
 
 def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options) -> Stage[list[Speech]]:
