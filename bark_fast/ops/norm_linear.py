@@ -33,7 +33,12 @@ Scratch = tuple[Tensor, Tensor]
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
 
 COMPILED_ROWS = 16
-"""Rows up to which the extension multiplies on the CPU; from there on torch's blocking pays."""
+"""Rows up to which the extension multiplies on the CPU.
+
+One thread of a Sapphire Rapids, torch without LayerNorm, GELU and residual: fp32 takes 1.8 to 2 times less time
+than torch at 4 and 8 rows, 1.4 at 16. bf16 is level with torch near 10 rows and 1.3 times slower at 16: there
+one order of sums for all row counts was worth more.
+"""
 
 
 def norm_linear(
