@@ -107,12 +107,11 @@ def main() -> None:
             folder, device=options.device, dtype=options.dtype, max_batch=options.max_batch
         )
         peer = HFPeer(folder, options.device, getattr(torch, options.dtype))
-        rows: list[dict[str, Any]] = []
         for case in cases(options.quick):
             if options.case in (None, case.name):
-                rows += measure(case, bark, peer, options)
-    if not options.no_rows:
-        print(f"rows appended to {append_rows('engine', rows)}")
+                rows = measure(case, bark, peer, options)
+                if not options.no_rows:  # at once: the next case may take half an hour
+                    print(f"rows appended to {append_rows('engine', rows)}")
 
 
 def measure(case: Case, bark: Bark, peer: HFPeer, options: argparse.Namespace) -> list[dict[str, Any]]:
