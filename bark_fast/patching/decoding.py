@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -89,15 +87,6 @@ class Decoder:
             codec=None,
             max_sequences=rows,
         )
-
-    @contextmanager
-    def rows_of(self, batch: int, rng: str) -> Iterator[Rows]:
-        """Sequences for a batch; their pages are given back at the end."""
-        rows = Rows(self, batch, rng)
-        try:
-            yield rows
-        finally:
-            rows.close()
 
 
 class Rows:
