@@ -27,30 +27,37 @@ from bark_fast import Bark, SamplingParams, make_checkpoint, patched
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STAGES = ("semantic", "coarse", "fine", "codec")
 SEED = 0
+WARM_UP_SECONDS = 1.5
+"""Long enough for two windows of the coarse stage; what is compiled or captured does not depend on more."""
 
 
-def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """Name -> a call that speaks once and returns tokens and timings; a missing peer is said and left out."""
-    device, dtype, seconds = options.device, options.dtype, options.seconds
-    calls: dict[str, Callable[[], Any]] = {}
+def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[float], Any]]:
+    """Name -> a call that speaks once, for so many seconds, and returns tokens and timings.
 
-    def speak_ours(bark: Bark) -> Any:
+    A missing peer is said and left out.
+    """
+    device, dtype = options.device, options.dtype
+    calls: dict[str, Callable[[float], Any]] = {}
+
+    def speak_ours(bark: Bark, seconds: float) -> Any:
         plain = SamplingParams(min_eos_p=None)
         return bark.generate(TEXT, seed=SEED, rng="torch", max_seconds=seconds, semantic=plain)
 
-    def speak_suno(peer: SunoPeer) -> Any:
+    def speak_suno(peer: SunoPeer, seconds: float) -> Any:
         torch.manual_seed(SEED)
         return peer.speak(TEXT, max_seconds=seconds, min_eos_p=None)
 
-    def speak_hf(peer: HFPeer) -> Any:
+    def speak_hf(peer: HFPeer, seconds: float) -> Any:
         torch.manual_seed(SEED)
         return peer.speak([TEXT], semantic_max_new_tokens=round(seconds * 49.9 + 0.5))[0]
 
-    def speak_patched(peer: Any, speak: Callable[[Any], Any]) -> Any:
+    def speak_patched(peer: Any, speak: Callable[[Any, float], Any], seconds: float) -> Any:
         with patched(peer.bark if isinstance(peer, SunoPeer) else peer.model):
-            return speak(peer)
+            return speak(peer, seconds)
 
-    def add(name: str, layout: str, make_peer: Callable[[Path], Any], speak: Callable[[Any], Any]) -> None:
+    def add(
+        name: str, layout: str, make_peer: Callable[[Path], Any], speak: Callable[[Any, float], Any]
+    ) -> None:
         if not (folder / layout).exists():
             make_checkpoint(folder / layout, size=options.size, format=layout, seed=0)
         try:
@@ -92,7 +99,7 @@ def main() -> None:
         last: dict[str, Any] = {}
         for repeat in range(-1, options.repeats):  # the first round warms up
             for name, speak in runs.items():
-                last[name] = speak()
+                last[name] = speak(options.seconds if repeat >= 0 else min(options.seconds, WARM_UP_SECONDS))
                 audio = len(last[name].samples) / 24_000
                 timings = {k.removesuffix("_acoustics"): v for k, v in last[name].timings.items()}
                 if repeat >= 0:
