@@ -59,7 +59,7 @@ def expected_and_bound(x: Tensor, arguments: list[Tensor | None]) -> tuple[Tenso
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 65])
 def test_mlp(device: str, backend: str, dtype: torch.dtype, biases: bool, rows: int) -> None:

@@ -71,17 +71,11 @@ def test_gemv(device: str, dtype: torch.dtype, rows: int, name: str) -> None:
     assert_close(run(c, GEMV[name]), c)
 
 
-def dot_dtypes(device: str, dtype: torch.dtype) -> None:
-    if device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies bf16 matrices wrongly")
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 65])
 @pytest.mark.parametrize("name", MATMUL)
 def test_matmul(device: str, dtype: torch.dtype, rows: int, name: str) -> None:
-    dot_dtypes(device, dtype)
     c = case(rows, 37, 100, dtype, device)
     assert_close(run(c, MATMUL[name]), c)
 
@@ -105,7 +99,7 @@ def test_options_at_barks_width(device: str, plan: Any, options: tuple[str, ...]
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("plan", [gemv.Tile(2, 256, 1), matmul.Tile(16, 32, 64, 1, 4, 3), None], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_are_hard_to_normalise(device: str, plan: Any, dtype: torch.dtype) -> None:
     c = case(5, 24, 300, dtype, device, bias=False, residual=False, gelu=False)
     spread = c.x.float()
@@ -187,7 +181,7 @@ def test_a_row_does_not_see_its_neighbours_while_the_plan_stays(plan: Any) -> No
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 64, 65])
 def test_operations_choose_a_kernel(device: str, backend: str, dtype: torch.dtype, rows: int) -> None:
     c = case(rows, 24, 96, dtype, device)
