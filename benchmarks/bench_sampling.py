@@ -1,8 +1,10 @@
 """Sampling on a GPU: one launch from logits to token, beside the torch reference, eager and compiled.
 
 python benchmarks/bench_sampling.py [--tune]. Each figure is one replay of a CUDA graph of `CALLS` calls on
-different logits. The target is 8 us for a row of 10,048 with top-k and top-p, at any batch up to 64. Not yet
-run anywhere: there was no GPU when it was written.
+different logits. The target is 8 us for a row of 10,048 with top-k and top-p, at any batch up to 64. The rows
+"head and draw" say whether `head_sample`, which the decode step does not use, would pay: LayerNorm, head and
+draw in one launch, beside the two that the decode step has. Not yet run anywhere: there was no GPU when it was
+written.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from bark_fast.ops import sampling as ops
 from bark_fast.ops.dispatch import prefer
+from bark_fast.ops.norm_linear import norm_linear
 from bark_fast.ops.rule_rows import RuleRows, pack_rules, place_row
 from bark_fast.sampling import SamplingRule
 
@@ -76,6 +79,41 @@ def measure(
     }  # fmt: skip
 
 
+def measure_head(batch: int, width: int, window: int, timed: Callable[..., list[float]]) -> dict[str, Any]:
+    """Seconds from hidden states to tokens by temperature alone: one launch, two launches, torch."""
+    hidden = [torch.randn(batch, width, device="cuda", dtype=torch.bfloat16) for _ in range(CALLS)]
+    heads = [
+        torch.randn(window, width, device="cuda", dtype=torch.bfloat16) / width**0.5 for _ in range(CALLS)
+    ]  # a head of its own for each call, as little of it in the L2 as a step of the model leaves there
+    norm = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+    rule = SamplingRule("suno", ((0, window),), window, temperature=0.7)
+    rows = pack_rules([rule], "cuda").expand(batch)
+    places = inputs(batch, 1, "cuda")[1]
+
+    def one_launch() -> None:
+        for x, head in zip(hidden, heads, strict=True):
+            ops.head_sample(x, norm, None, head, rows, places)
+
+    def two_launches() -> None:
+        for x, head in zip(hidden, heads, strict=True):
+            ops.sample_rows(norm_linear(x, norm, None, head), rows, places)
+
+    def by_torch() -> None:
+        with prefer("torch"):
+            for x, head in zip(hidden, heads, strict=True):
+                logits = norm_linear(x, norm, None, head)
+                ops.sample(logits, torch.empty_like(logits, dtype=torch.float32).exponential_(), rule, None)
+
+    ours, apart, torch_s = (
+        quantiles([t / CALLS for t in timed(call)]) for call in (one_launch, two_launches, by_torch)
+    )
+    return {
+        "rule": f"head and draw, width {width}", "dialect": "suno", "batch": batch,
+        "width": window, "unit": "s a call", **ours, "torch": torch_s["p50"], "compiled": "",
+        "target": apart["p50"], "target_met": ours["p50"] <= apart["p50"],
+    }  # fmt: skip
+
+
 def tune(timed: Callable[..., list[float]], device: str = "cuda") -> None:
     """Time chunks of candidates at the target's shape, best first."""
     from bark_fast.kernels import sampling as kernels
@@ -124,6 +162,15 @@ def main() -> None:
             "rule": "Philox noise", "dialect": "", "batch": batch, "width": SEMANTIC, "unit": "s a call",
             **seconds, "torch": "", "compiled": "", "target": "", "target_met": "",
         })  # fmt: skip
+    for window, width in ((10_001, 768), (10_001, 1024), (1_024, 768), (1_024, 1024)):
+        for batch in (1, 8, 16):
+            row = measure_head(batch, width, window, replay_times)
+            rows.append(row)
+            one, two, torch_s = (1e6 * row[who] for who in ("p50", "target", "torch"))
+            print(
+                f"{window:6} rows of a head of width {width:4}, batch {batch:2}: head_sample {one:7.2f} us, "
+                f"two launches {two:7.2f} us, torch {torch_s:7.2f} us"
+            )
     if not options.no_rows:
         print(f"rows appended to {append_rows('sampling', rows)}")
 
