@@ -74,6 +74,21 @@ def paged_attention(
     threads: int,
     stream: int,
 ) -> None: ...
+def append_attention(
+    qkv: object,
+    k_pages: object,
+    v_pages: object,
+    block_table: object,
+    lengths: object,
+    query_starts: object,
+    slots: object,
+    out: object,
+    scale: float,
+    partials: object,
+    counters: object,
+    threads: int,
+    stream: int,
+) -> None: ...
 def copy_pages(k_pages: object, v_pages: object, pairs: object, threads: int, stream: int) -> None: ...
 def gather_kv(
     pages: object, block_table: object, length: int, out: object, threads: int, stream: int

@@ -2,14 +2,16 @@
 
 python benchmarks/bench_paged_kv_cuda.py. Each figure is one replay of a CUDA graph that calls every layer once,
 so launches cost what they cost in a decode step; the layers together are larger than the L2, so reads are cold.
-Decode attention is held against the bytes of live keys and values over the copy bandwidth, prefill against
-append_kv and SDPA in two calls. Not yet run anywhere: there was no GPU when it was written.
+Decode attention is held against the bytes of live keys and values over the copy bandwidth, alone and with the
+new rows stored, in one launch as the engine does it and in two; prefill against append_kv and SDPA in two
+calls. Not yet run anywhere: there was no GPU when it was written.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +36,26 @@ def decode_steps(batch: int, keys: int, n_head: int, dtype: torch.dtype, device:
     cache = Cache([keys] * batch, n_head, layers_for(batch * keys, n_head, dtype), PAGE_SIZE, dtype)
     pages = [[part.to(device) for part in layer] for layer in cache.layers]
     query, out = cache.query.to(device), cache.out.to(device)
+    qkv = torch.randn(batch, 3 * n_head * HEAD_DIM, device=device).to(dtype)
+    last = cache.table[:, (keys - 1) // PAGE_SIZE].long()
+    slots = (last * PAGE_SIZE + (keys - 1) % PAGE_SIZE).to(device)
     tables = [tensor.to(device) for tensor in (cache.table, cache.lengths, cache.starts)]
     scratch = paged_kv.attention_scratch(batch, n_head, HEAD_DIM, device)
 
     def paged(backend: Backend) -> None:
         with prefer(backend):
             for k, v in pages:
+                paged_kv.paged_attention(query, k, v, *tables, out, scratch=scratch)
+
+    def one_launch(backend: Backend) -> None:
+        with prefer(backend):
+            for k, v in pages:
+                paged_kv.append_attention(qkv, k, v, *tables, slots, out, scratch=scratch)
+
+    def two_launches(backend: Backend) -> None:
+        with prefer(backend):
+            for k, v in pages:
+                paged_kv.append_kv(qkv, k, v, slots)
                 paged_kv.paged_attention(query, k, v, *tables, out, scratch=scratch)
 
     shape = (batch, n_head, keys, HEAD_DIM)
@@ -49,9 +65,14 @@ def decode_steps(batch: int, keys: int, n_head: int, dtype: torch.dtype, device:
         for k, v in contiguous:
             F.scaled_dot_product_attention(query[:, :, None], k, v)
 
-    steps: dict[str, Step] = {"triton": lambda: paged("triton"), "sdpa": sdpa}
+    backends: dict[str, Backend] = {"triton": "triton"}
     if paged_kv.compiled(cuda=True) is not None:
-        steps["cuda"] = lambda: paged("auto")
+        backends["cuda"] = "auto"
+    steps: dict[str, Step] = {"sdpa": sdpa}
+    for name, backend in backends.items():
+        steps[name] = partial(paged, backend)
+        steps[f"{name}, storing"] = partial(one_launch, backend)
+        steps[f"{name}, storing apart"] = partial(two_launches, backend)
     return steps
 
 
@@ -93,7 +114,7 @@ def row(floor: float, steps: dict[str, Step], layers: int, **shape: Any) -> list
     for name, time in times.items():
         described = ", ".join(f"{key} {value}" for key, value in shape.items())
         share = floor / time["p50"]
-        print(f"{described}: {name:6} {1e6 * time['p50']:8.2f} us, {100 * share:5.1f} % of roofline")
+        print(f"{described}: {name:22} {1e6 * time['p50']:8.2f} us, {100 * share:5.1f} % of roofline")
         rows.append({
             **shape, "contender": name, "unit": "s a layer", **time, "share_of_roofline": share,
             "speed_of_sdpa": times["sdpa"]["p50"] / time["p50"],

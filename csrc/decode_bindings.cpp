@@ -105,7 +105,8 @@ void decode_layers(py::handle x_, const py::list& weights, const py::list& keys,
                        static_cast<int32_t>(rows)};
         call.attention = {pages, dtype, qkv.data, qkv.strides[0], k.data, v.data, table.as<int32_t>(),
                           table.strides[0], lengths.as<int32_t>(), starts.data(), attended.data,
-                          attended.strides[0], static_cast<int32_t>(rows), static_cast<int32_t>(rows), scale};
+                          attended.strides[0], static_cast<int32_t>(rows), static_cast<int32_t>(rows), scale,
+                          nullptr};
         call.out = call_of(attended, py::none(), py::none(), weight(4), "out", weight(5));
         add(call.out, before);
         write_to(call.out, middle);

@@ -62,6 +62,8 @@ __device__ __forceinline__ void join(float& maximum, float& total, float (&o)[N]
 
 // Grid (parts, n_head, rows): one block reads a part of the keys of one query row and head. A key is held by kLanes
 // neighbouring lanes, 16 bytes each; the block's kGroups groups of lanes take keys in turn, kUnroll at a time.
+// With slots, keys of the call's own rows are read where the projection left them, and the first block of each row
+// and head stores its row: no block reads what another one writes.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts, Scratch scratch, int32_t columns) {
     constexpr int kElements = 16 / sizeof(T);
@@ -83,12 +85,19 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
     const int32_t* table = call.block_table + seq * call.table_stride;
     const T* k_pages = static_cast<const T*>(call.k_pages) + lane * kElements;
     const T* v_pages = static_cast<const T*>(call.v_pages) + lane * kElements;
+    const int64_t width = int64_t{pages.n_head} * D;
+    const T* projected = static_cast<const T*>(call.query) + int64_t{head} * D + lane * kElements;
+    const int32_t older = call.slots ? length - rows : length;  // keys from there on are those of the call's rows
+    if (call.slots && part == 0 && threadIdx.x < 2 * kLanes && slot_in_range(pages, call.slots[row])) {
+        const bool is_value = threadIdx.x >= kLanes;
+        T* to = static_cast<T*>(is_value ? call.v_pages : call.k_pages) + lane * kElements;
+        *reinterpret_cast<Bytes16*>(to + slot_offset(pages, call.slots[row], head)) =
+            *reinterpret_cast<const Bytes16*>(projected + row * call.query_stride + (is_value ? 2 : 1) * width);
+    }
 
     float q[kElements], o[kElements] = {};
     float maximum = -INFINITY, total = 0.0f;
-    widen(*reinterpret_cast<const Bytes16*>(static_cast<const T*>(call.query) + row * call.query_stride +
-                                            int64_t{head} * D + lane * kElements),
-          q, static_cast<const T*>(nullptr));
+    widen(*reinterpret_cast<const Bytes16*>(projected + row * call.query_stride), q, static_cast<const T*>(nullptr));
 #pragma unroll
     for (int i = 0; i < kElements; ++i) q[i] *= call.scale * kLog2e;
 
@@ -99,13 +108,15 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             const int32_t t = t0 + u * kGroups + group;
-            const int32_t page = t < last ? table[t >> shift] : -1;
-            seen[u] = page >= 0 && page < pages.num_pages;
+            const bool fresh = t >= older && t < last;
+            const int32_t page = t < last && !fresh ? table[t >> shift] : -1;
+            seen[u] = fresh || (page >= 0 && page < pages.num_pages);
             k[u] = v[u] = Bytes16{};
             if (seen[u]) {
-                const int64_t at = page_offset(pages, page, head, t & (pages.page_size - 1));
-                k[u] = *reinterpret_cast<const Bytes16*>(k_pages + at);
-                v[u] = *reinterpret_cast<const Bytes16*>(v_pages + at);
+                const int64_t at = fresh ? (start + t - older) * call.query_stride
+                                         : page_offset(pages, page, head, t & (pages.page_size - 1));
+                k[u] = *reinterpret_cast<const Bytes16*>((fresh ? projected + width : k_pages) + at);
+                v[u] = *reinterpret_cast<const Bytes16*>((fresh ? projected + 2 * width : v_pages) + at);
             }
         }
         float score[kUnroll], best = maximum;
@@ -275,11 +286,21 @@ private:
 
 unsigned blocks_for(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
 
+// A function, not <<<>>>: this file is C++ then, and the tests run its kernels on a CPU (tests/simulated_cuda).
+template <class... Parameters, class... Arguments>
+void launch(const char* what, dim3 grid, void* stream, void (*kernel)(Parameters...), const Arguments&... arguments) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+
 template <class T>
-void launch(const Attention& call, dim3 grid, const Scratch& scratch, int32_t columns, cudaStream_t stream) {
+void launch_attend(const Attention& call, dim3 grid, const Scratch& scratch, int32_t columns, void* stream) {
     const int32_t width = call.pages.head_dim;
     const auto kernel = width == 32 ? attend<T, 32> : width == 64 ? attend<T, 64> : attend<T, 128>;
-    kernel<<<grid, kThreads, 0, stream>>>(call, static_cast<int32_t>(grid.x), scratch, columns);
+    launch("paged_attention", grid, stream, kernel, call, static_cast<int32_t>(grid.x), scratch, columns);
 }
 
 }  // namespace
@@ -302,11 +323,9 @@ void paged_attention(const Attention& call, int32_t max_keys, const Scratch& scr
     parts = parts > 1 ? parts : 1;
     const dim3 grid(static_cast<unsigned>(parts), call.pages.n_head, call.rows);
     const int32_t columns = max_keys / call.pages.page_size;
-    const auto queue = static_cast<cudaStream_t>(stream);
-    if (call.dtype == DType::f32) launch<float>(call, grid, scratch, columns, queue);
-    if (call.dtype == DType::f16) launch<__half>(call, grid, scratch, columns, queue);
-    if (call.dtype == DType::bf16) launch<__nv_bfloat16>(call, grid, scratch, columns, queue);
-    check(cudaGetLastError(), "paged_attention");
+    if (call.dtype == DType::f32) launch_attend<float>(call, grid, scratch, columns, stream);
+    if (call.dtype == DType::f16) launch_attend<__half>(call, grid, scratch, columns, stream);
+    if (call.dtype == DType::bf16) launch_attend<__nv_bfloat16>(call, grid, scratch, columns, stream);
 }
 
 void append_kv(const Append& call, int device, void* stream) {
@@ -314,24 +333,21 @@ void append_kv(const Append& call, int device, void* stream) {
     if (!call.rows || !chunks) return;
     const Device guard(device);
     const dim3 grid(call.rows, blocks_for(chunks));
-    append<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call, size_of(call.dtype));
-    check(cudaGetLastError(), "append_kv");
+    launch("append_kv", grid, stream, append, call, size_of(call.dtype));
 }
 
 void copy_pages(const Copy* copies, int count, int device, void* stream) {
     if (!count || !copies[0].count || !copies[0].page_bytes) return;
     const Device guard(device);
-    copy<<<dim3(blocks_for(copies[0].page_bytes / 16), count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        copies[0], copies[count - 1].source, copies[count - 1].destination);
-    check(cudaGetLastError(), "copy_pages");
+    const dim3 grid(blocks_for(copies[0].page_bytes / 16), count);
+    launch("copy_pages", grid, stream, copy, copies[0], copies[count - 1].source, copies[count - 1].destination);
 }
 
 void gather_kv(const Gather& call, int device, void* stream) {
     const int64_t chunks = int64_t{call.length} * call.pages.head_dim * call.element_size / 16;
     if (!chunks || !call.pages.n_head) return;
     const Device guard(device);
-    gather<<<dim3(blocks_for(chunks), call.pages.n_head), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
-    check(cudaGetLastError(), "gather_kv");
+    launch("gather_kv", dim3(blocks_for(chunks), call.pages.n_head), stream, gather, call);
 }
 
 void swap_pages(const Copy& call, int device, void* stream) {

@@ -10,14 +10,14 @@
 
 namespace bark_fast {
 
-// One call of paged_attention. Strides in elements.
+// One call of paged_attention, or on CUDA of append_attention. Strides in elements.
 struct Attention {
     PageShape pages;
     DType dtype;
-    const void* query;  // (rows, n_head, head_dim), rows query_stride apart
+    const void* query;  // (rows, n_head, head_dim), rows query_stride apart; with slots, rows of q | k | v
     int64_t query_stride;
-    const void* k_pages;
-    const void* v_pages;
+    void* k_pages;  // written with slots only
+    void* v_pages;
     const int32_t* block_table;  // (seqs, table_stride)
     int64_t table_stride;
     const int32_t* lengths;       // (seqs,)
@@ -27,6 +27,7 @@ struct Attention {
     int32_t seqs;
     int32_t rows;
     float scale;
+    const int64_t* slots;  // null, or (rows,): where k and v of the rows go, -1 for nowhere
 };
 
 // One call of append_kv: row r of qkv holds q, k and v of n_head * head_dim each; k and v go to slots[r].

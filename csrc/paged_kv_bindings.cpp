@@ -15,9 +15,8 @@ void need_cuda([[maybe_unused]] const TensorView& t) {
 #endif
 }
 
-void append_kv(py::handle qkv_, py::handle k_, py::handle v_, py::handle slots_, int threads, uintptr_t stream) {
-    const TensorView qkv = tensor_view(qkv_, "qkv"), k = tensor_view(k_, "k_pages"), v = tensor_view(v_, "v_pages");
-    const TensorView slots = tensor_view(slots_, "slots");
+// Rows of q | k | v and where their keys and values go.
+Append append_of(const TensorView& qkv, const TensorView& k, const TensorView& v, const TensorView& slots) {
     const PageShape pages = check_page_pair(k, v);
     const int64_t width = int64_t{pages.n_head} * pages.head_dim;
     check_dtype(qkv, k.dtype);
@@ -30,38 +29,19 @@ void append_kv(py::handle qkv_, py::handle k_, py::handle v_, py::handle slots_,
     check_same_device(slots, k);
     check_shape(slots, {qkv.shape[0]});
     check_packed(slots, 0);
-    const Append call{pages,  k.dtype, qkv.data, qkv.strides[0], k.data, v.data, slots.as<int64_t>(),
-                      static_cast<int32_t>(qkv.shape[0])};
-    py::gil_scoped_release release;
-    if (k.cuda) {
-        need_cuda(k);
-#ifdef BARK_FAST_CUDA
-        cuda::append_kv(call, k.device_index, reinterpret_cast<void*>(stream));
-#endif
-    } else {
-        check_slots(call);
-        cpu::append_kv(call, threads);
-    }
-    (void)stream;
+    return {pages,  k.dtype, qkv.data, qkv.strides[0], k.data, v.data, slots.as<int64_t>(),
+            static_cast<int32_t>(qkv.shape[0])};
 }
 
-void paged_attention(py::handle query_, py::handle k_, py::handle v_, py::handle table_, py::handle lengths_,
-                     py::handle starts_, py::handle out_, float scale,
-                     [[maybe_unused]] py::handle partials_, [[maybe_unused]] py::handle counters_,
-                     int threads, uintptr_t stream) {
-    const TensorView query = tensor_view(query_, "query"), k = tensor_view(k_, "k_pages");
-    const TensorView v = tensor_view(v_, "v_pages"), table = tensor_view(table_, "block_table");
-    const TensorView lengths = tensor_view(lengths_, "lengths"), starts = tensor_view(starts_, "query_starts");
-    const TensorView out = tensor_view(out_, "out");
-    const PageShape pages = check_page_pair(k, v);
-    check_dtype(query, k.dtype);
-    check_shape(query, {-1, pages.n_head, pages.head_dim});
-    check_packed(query, 1);
-    check_fits(query, 0, INT32_MAX / 2);
+// What rows of queries attend to. `query` and `k` are checked.
+Attention attention_of(const TensorView& query, const TensorView& k, const TensorView& v, const PageShape& pages,
+                       const TensorView& table, const TensorView& lengths, const TensorView& starts,
+                       const TensorView& out, float scale) {
     check_dtype(out, k.dtype);
     check_shape(out, {query.shape[0], int64_t{pages.n_head} * pages.head_dim});
     check_packed(out, 1);
     check_rows(out, out.shape[1]);
+    check_aligned(out);
     check_dtype(table, DType::i32);
     check_shape(table, {-1, -1});
     check_packed(table, 1);
@@ -73,28 +53,29 @@ void paged_attention(py::handle query_, py::handle k_, py::handle v_, py::handle
     check_dtype(starts, DType::i32);
     check_shape(starts, {table.shape[0] + 1});
     check_packed(starts, 0);
-    for (const TensorView* t : {&query, &out}) check_aligned(*t);
-    for (const TensorView* t : {&query, &out, &table, &lengths, &starts}) check_same_device(*t, k);
-    const Attention call{pages,
-                         k.dtype,
-                         query.data,
-                         query.strides[0],
-                         k.data,
-                         v.data,
-                         table.as<int32_t>(),
-                         table.strides[0],
-                         lengths.as<int32_t>(),
-                         starts.as<int32_t>(),
-                         out.data,
-                         out.strides[0],
-                         static_cast<int32_t>(table.shape[0]),
-                         static_cast<int32_t>(query.shape[0]),
-                         scale};
-    if (!k.cuda) {
-        py::gil_scoped_release release;
-        check_attention(call, table.shape[1]);
-        return cpu::paged_attention(call, threads);
-    }
+    for (const TensorView* t : {&out, &table, &lengths, &starts}) check_same_device(*t, k);
+    return {pages,
+            k.dtype,
+            query.data,
+            query.strides[0],
+            k.data,
+            v.data,
+            table.as<int32_t>(),
+            table.strides[0],
+            lengths.as<int32_t>(),
+            starts.as<int32_t>(),
+            out.data,
+            out.strides[0],
+            static_cast<int32_t>(table.shape[0]),
+            static_cast<int32_t>(query.shape[0]),
+            scale,
+            nullptr};
+}
+
+// Enqueues attention. Releases the GIL.
+void attend_on_cuda([[maybe_unused]] const Attention& call, const TensorView& k,
+                    [[maybe_unused]] int64_t table_columns, [[maybe_unused]] py::handle partials_,
+                    [[maybe_unused]] py::handle counters_, [[maybe_unused]] uintptr_t stream) {
     need_cuda(k);
 #ifdef BARK_FAST_CUDA
     cuda::Scratch scratch{};
@@ -110,10 +91,64 @@ void paged_attention(py::handle query_, py::handle k_, py::handle v_, py::handle
         scratch = {partials.as<float>(), counters.as<int32_t>(), partials.shape[0], counters.shape[0]};
     }
     py::gil_scoped_release release;
-    cuda::paged_attention(call, static_cast<int32_t>(table.shape[1] * pages.page_size), scratch, k.device_index,
+    cuda::paged_attention(call, static_cast<int32_t>(table_columns * call.pages.page_size), scratch, k.device_index,
                           reinterpret_cast<void*>(stream));
 #endif
+}
+
+void append_kv(py::handle qkv_, py::handle k_, py::handle v_, py::handle slots_, int threads, uintptr_t stream) {
+    const TensorView qkv = tensor_view(qkv_, "qkv"), k = tensor_view(k_, "k_pages"), v = tensor_view(v_, "v_pages");
+    const Append call = append_of(qkv, k, v, tensor_view(slots_, "slots"));
+    py::gil_scoped_release release;
+    if (k.cuda) {
+        need_cuda(k);
+#ifdef BARK_FAST_CUDA
+        cuda::append_kv(call, k.device_index, reinterpret_cast<void*>(stream));
+#endif
+    } else {
+        check_slots(call);
+        cpu::append_kv(call, threads);
+    }
     (void)stream;
+}
+
+void paged_attention(py::handle query_, py::handle k_, py::handle v_, py::handle table_, py::handle lengths_,
+                     py::handle starts_, py::handle out_, float scale, py::handle partials, py::handle counters,
+                     int threads, uintptr_t stream) {
+    const TensorView query = tensor_view(query_, "query"), k = tensor_view(k_, "k_pages");
+    const TensorView v = tensor_view(v_, "v_pages"), table = tensor_view(table_, "block_table");
+    const PageShape pages = check_page_pair(k, v);
+    check_dtype(query, k.dtype);
+    check_same_device(query, k);
+    check_shape(query, {-1, pages.n_head, pages.head_dim});
+    check_packed(query, 1);
+    check_aligned(query);
+    check_fits(query, 0, INT32_MAX / 2);
+    const Attention call = attention_of(query, k, v, pages, table, tensor_view(lengths_, "lengths"),
+                                        tensor_view(starts_, "query_starts"), tensor_view(out_, "out"), scale);
+    if (k.cuda) return attend_on_cuda(call, k, table.shape[1], partials, counters, stream);
+    py::gil_scoped_release release;
+    check_attention(call, table.shape[1]);
+    cpu::paged_attention(call, threads);
+}
+
+void append_attention(py::handle qkv_, py::handle k_, py::handle v_, py::handle table_, py::handle lengths_,
+                      py::handle starts_, py::handle slots_, py::handle out_, float scale, py::handle partials,
+                      py::handle counters, int threads, uintptr_t stream) {
+    const TensorView qkv = tensor_view(qkv_, "qkv"), k = tensor_view(k_, "k_pages");
+    const TensorView v = tensor_view(v_, "v_pages"), table = tensor_view(table_, "block_table");
+    const Append append = append_of(qkv, k, v, tensor_view(slots_, "slots"));
+    Attention call = attention_of(qkv, k, v, append.pages, table, tensor_view(lengths_, "lengths"),
+                                  tensor_view(starts_, "query_starts"), tensor_view(out_, "out"), scale);
+    if (k.cuda) {
+        call.slots = append.slots;
+        return attend_on_cuda(call, k, table.shape[1], partials, counters, stream);
+    }
+    py::gil_scoped_release release;
+    check_slots(append);
+    check_attention(call, table.shape[1]);
+    cpu::append_kv(append, threads);
+    cpu::paged_attention(call, threads);
 }
 
 Copy copy_of(const TensorView& from, const TensorView& to, const TensorView& pairs) {
@@ -205,6 +240,9 @@ void bind_paged_kv(py::module_& module) {
     module.def("paged_attention", &paged_attention, py::arg("query"), py::arg("k_pages"), py::arg("v_pages"),
                py::arg("block_table"), py::arg("lengths"), py::arg("query_starts"), py::arg("out"), py::arg("scale"),
                py::arg("partials"), py::arg("counters"), py::arg("threads"), py::arg("stream"));
+    module.def("append_attention", &append_attention, py::arg("qkv"), py::arg("k_pages"), py::arg("v_pages"),
+               py::arg("block_table"), py::arg("lengths"), py::arg("query_starts"), py::arg("slots"), py::arg("out"),
+               py::arg("scale"), py::arg("partials"), py::arg("counters"), py::arg("threads"), py::arg("stream"));
     module.def("copy_pages", &copy_pages, py::arg("k_pages"), py::arg("v_pages"), py::arg("pairs"),
                py::arg("threads"), py::arg("stream"));
     module.def("gather_kv", &gather_kv, py::arg("pages"), py::arg("block_table"), py::arg("length"), py::arg("out"),

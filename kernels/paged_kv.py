@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.attention import HEAD_DIMS, LOG2_E
+from bark_fast.kernels.attention import HEAD_DIMS, LOG2_E, wide
 from bark_fast.kernels.target import COMPILE, target_of
 
 PAGE_SIZES = (16, 32, 64)
@@ -53,11 +53,11 @@ def _join(maximum, total, acc):
 
 @triton.jit(do_not_specialize=["seqs", "columns", "num_pages"])
 def _decode_kernel(
-    query, k_pages, v_pages, block_table, lengths, query_starts, out, partials, counters,
-    query_row, query_head, table_stride, out_row,
+    query, k_pages, v_pages, block_table, lengths, query_starts, slots, out, partials, counters,
+    query_row, query_head, table_stride, slot_stride, out_row,
     seqs, columns, num_pages, scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, APPEND: tl.constexpr,
 ):  # fmt: skip
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, n_head = tl.num_programs(0), tl.num_programs(1)
@@ -76,6 +76,13 @@ def _decode_kernel(
     length = tl.minimum(tl.maximum(tl.load(lengths + seq), 0), columns * PAGE_SIZE)
     # a row outside its sequence (query_starts is wrong) sees nothing
     keys = tl.where((row >= start) & (row < stop), tl.maximum(length - (stop - 1 - row), 0), 0)
+    fresh_keys = 0
+    if APPEND:
+        # keys of the call's own rows are read where the projection left them, by the last part; the first one
+        # stores its row: no program reads what another one writes
+        older = tl.maximum(length - (stop - start), 0)
+        fresh_keys = tl.where(part == parts - 1, tl.maximum(keys - older, 0), 0)
+        keys = tl.minimum(keys, older)
     pieces = tl.cdiv(keys, 16)
     first_key = pieces * part // parts * 16
     end = tl.minimum(pieces * (part + 1) // parts * 16, keys)
@@ -101,6 +108,23 @@ def _decode_kernel(
         maximum = highest
     best, sum_, o = _join(maximum, total, acc)
 
+    if APPEND:
+        width = n_head.to(tl.int64) * query_head
+        own = query + row.to(tl.int64) * query_row + head * query_head + width + dims
+        for back in range(fresh_keys - 1, -1, -1):  # one in a decode step; rows of a sequence are in a row
+            key = own - wide(back) * query_row
+            score = tl.sum(q * tl.load(key).to(tl.float32), 0)
+            highest = tl.maximum(best, score)
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            keep, weight = tl.exp2(best - base), tl.exp2(score - base)
+            sum_ = sum_ * keep + weight
+            o = o * keep + weight * tl.load(key + width).to(tl.float32)
+            best = highest
+        slot = tl.load(slots + row.to(tl.int64) * slot_stride)
+        home, stored = slot_places(slot, num_pages, n_head, head, PAGE_SIZE, HEAD_DIM)
+        stored = dims < tl.where(stored & (part == 0), HEAD_DIM, 0)
+        tl.store(k_pages + home + dims, tl.load(own, stored), stored)
+        tl.store(v_pages + home + dims, tl.load(own + width, stored), stored)
     out += row.to(tl.int64) * out_row + head * HEAD_DIM
     if SPLIT:
         # The last part of this row and head to arrive joins them all, in the same order whichever it is, and
@@ -187,9 +211,13 @@ def check_pages(*pages: Tensor) -> None:
 
 def paged_attention(
     query: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, query_starts: Tensor,
-    out: Tensor, scale: float, partials: Tensor | None, counters: Tensor | None,
+    out: Tensor, scale: float, partials: Tensor | None, counters: Tensor | None, slots: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Attention of each row over its sequence's pages, as in `ops.paged_kv`; split where there is scratch."""
+    """Attention of each row over its sequence's pages, as in `ops.paged_kv`; split where there is scratch.
+
+    slots: (rows,), for `append_attention`: query is then the first third of the packed projection, whose K and
+    V of each row go there.
+    """
     check_pages(k_pages, v_pages)
     rows, n_head, head_dim = query.shape
     num_pages, _, page_size, _ = k_pages.shape
@@ -210,12 +238,12 @@ def paged_attention(
     # 16 KB of K and V in two bytes an element: what four programs of a processor must have on the way to
     # saturate the memory (bandwidth times latency is about 20 KB a processor)
     _decode_kernel[(parts, n_head, rows)](
-        query, k_pages, v_pages, block_table, lengths, query_starts, out,
+        query, k_pages, v_pages, block_table, lengths, query_starts, lengths if slots is None else slots, out,
         partials if parts > 1 else out, counters if parts > 1 else lengths,
-        query.stride(0), query.stride(1), block_table.stride(0), out.stride(0),
-        seqs, columns, num_pages, scale * LOG2_E,
+        query.stride(0), query.stride(1), block_table.stride(0), 0 if slots is None else slots.stride(0),
+        out.stride(0), seqs, columns, num_pages, scale * LOG2_E,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=4096 // head_dim, SPLIT=parts > 1, PARTS=MAX_PARTS,
-        num_warps=4, num_stages=1, **COMPILE,
+        APPEND=slots is not None, num_warps=4, num_stages=1, **COMPILE,
     )  # fmt: skip
 
 

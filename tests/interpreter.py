@@ -1,8 +1,8 @@
 """Triton's interpreter, mended for bfloat16, Bark's dtype on most GPUs.
 
-As of triton 3.9 it keeps bfloat16 as its bits in uint16, multiplies matrices of those integers, and cuts float32 to
-bfloat16 where hardware rounds. Both are put right here, for tests. Reductions and arithmetic over bfloat16 remain
-wrong: kernels widen to float32 before them.
+As of triton 3.9 it keeps bfloat16 as its bits in uint16, multiplies matrices of those integers, and cuts
+float32 to bfloat16 where hardware rounds. Both are put right here, for tests. Reductions and arithmetic over
+bfloat16 remain wrong: kernels widen to float32 before them.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bark_fast.ops import paged_kv_reference as reference
+
 SPARE = 3
 
 
@@ -37,9 +39,27 @@ class Batch:
         """What paged_attention takes before `out`."""
         return self.query, self.k_pages, self.v_pages, self.block_table, self.lengths, self.query_starts
 
+    def new_slots(self) -> Tensor:
+        """Where the rows' tokens belong: (rows,) int64; -1 for rows before a sequence's first token."""
+        page_size, starts, slots = self.k_pages.shape[2], self.query_starts.tolist(), []
+        for seq, total in enumerate(self.lengths.tolist()):
+            for position in range(total - (starts[seq + 1] - starts[seq]), total):
+                page = int(self.block_table[seq, max(position, 0) // page_size])
+                slots.append(page * page_size + position % page_size if position >= 0 else -1)
+        return torch.tensor(slots, dtype=torch.int64)
+
+    def split_off_new(self) -> tuple[Batch, Tensor]:
+        """The batch once its rows are stored, and their slots; here, in their places, comes NaN."""
+        slots = self.new_slots()
+        after = Batch(**{name: value.clone() for name, value in vars(self).items()})
+        reference.append_kv(self.qkv, after.k_pages, after.v_pages, slots)
+        nothing = torch.full_like(self.qkv, float("nan"))
+        reference.append_kv(nothing, self.k_pages, self.v_pages, slots)
+        return after, slots
+
     def to(self, device: str) -> Batch:
         """A copy on another device."""
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        return Batch(**{name: value.to(device, copy=True) for name, value in vars(self).items()})
 
 
 def make_batch(

@@ -114,23 +114,22 @@ class KVPool:
         heads, head_dim = self.config.n_head, self.config.head_dim
         keys, values = self.keys[layer], self.values[layer]
         out = qkv.new_empty(len(qkv), heads * head_dim)
-        query = qkv.view(len(qkv), 3, heads, head_dim)[:, 0]
         row = sum(batch.counts[: batch.paged])
-        in_one_launch = batch.paged < len(batch.counts) and uses_triton(qkv)
-        stored = slice(row) if in_one_launch else slice(None)
-        paged_kv.append_kv(qkv[stored], keys, values, batch.slots[stored])
         if batch.paged:
-            paged_kv.paged_attention(
-                query[:row], keys, values, batch.block_tables[: batch.paged], batch.lengths[: batch.paged],
-                batch.query_starts, out[:row], scratch=self.scratch,
+            paged_kv.append_attention(
+                qkv[:row], keys, values, batch.block_tables[: batch.paged], batch.lengths[: batch.paged],
+                batch.query_starts, batch.slots[:row], out[:row], scratch=self.scratch,
             )  # fmt: skip
-        if in_one_launch:
+        if batch.paged == len(batch.counts):
+            return out
+        if uses_triton(qkv):
             longest = max(batch.counts[batch.paged :])
             paged_prefill(
                 qkv[row:], keys, values, batch.block_tables[batch.paged :], batch.lengths[batch.paged :],
                 batch.prefill_starts, batch.slots[row:], out[row:], max_queries=longest,
             )  # fmt: skip
             return out
+        paged_kv.append_kv(qkv[row:], keys, values, batch.slots[row:])
         for index in range(batch.paged, len(batch.counts)):
             count, total = batch.counts[index], batch.totals[index]
             fresh = qkv[row : row + count].view(count, 3, heads, head_dim)

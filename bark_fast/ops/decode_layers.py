@@ -56,10 +56,8 @@ def decode_layers(x: Tensor, weights: list[Tensor | None], cache: PagedRows) -> 
         parts: Any = weights[layer * WEIGHTS : (layer + 1) * WEIGHTS]
         ln_1, ln_1_bias, qkv, qkv_bias, out, out_bias, *mlp = parts
         projected = norm_linear(x, ln_1, ln_1_bias, qkv, qkv_bias)
-        paged_kv.append_kv(projected, keys, values, cache.slots)
-        query = projected.view(len(x), 3, keys.shape[1], keys.shape[3])[:, 0]
-        seen = paged_kv.paged_attention(
-            query, keys, values, cache.block_table, cache.lengths, starts, torch.empty_like(x)
+        seen = paged_kv.append_attention(
+            projected, keys, values, cache.block_table, cache.lengths, starts, cache.slots, torch.empty_like(x)
         )
         x = linear_residual(seen, out, x, out_bias)
         x = layernorm_gelu_mlp(x, *mlp)

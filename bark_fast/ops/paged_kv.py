@@ -38,6 +38,11 @@ SCHEMAS = {
         "Tensor query_starts, Tensor(a!) out, float scale, Tensor(b!)? partials=None, "
         "Tensor(c!)? counters=None) -> ()"
     ),
+    "append_attention": (
+        "(Tensor qkv, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor block_table, Tensor lengths, "
+        "Tensor query_starts, Tensor slots, Tensor(c!) out, float scale, Tensor(d!)? partials=None, "
+        "Tensor(e!)? counters=None) -> ()"
+    ),
     "copy_pages": "(Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor pairs) -> ()",
     "gather_kv": "(Tensor pages, Tensor block_table, SymInt length, Tensor(a!) out) -> ()",
     "swap_pages": "(Tensor source, Tensor(a!) destination, Tensor pairs) -> ()",
@@ -100,10 +105,41 @@ def paged_attention(
     return out
 
 
+def append_attention(
+    qkv: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    scale: float | None = None,
+    scratch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`append_kv`, then `paged_attention` of the same rows: one launch on a GPU, two less to wait for a layer.
+
+    qkv: (rows, 3 * n_head * head_dim), the packed projection q | k | v, rows any stride apart. slots: (rows,)
+    int64, where the table puts each row's token, all distinct; -1 for a row that is to be ignored: nothing of
+    it is stored, and its result means nothing. The other arguments, and the result, as in `paged_attention`.
+    """
+    if scale is None:
+        scale = k_pages.shape[-1] ** -0.5
+    partials, counters = scratch or (None, None)
+    arguments = (
+        qkv, k_pages, v_pages, block_table, lengths, query_starts, slots, out, scale, partials, counters,
+    )  # fmt: skip
+    if is_eager(k_pages):
+        _append_attention(*arguments)
+    else:
+        torch.ops.bark_fast.append_attention(*arguments)
+    return out
+
+
 def attention_scratch(
     rows: int, n_head: int, head_dim: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Room for `paged_attention` to split contexts on CUDA, up to `rows` rows: partial results, counters."""
+    """Room to split contexts on CUDA, for calls of up to `rows` rows: partial results, counters."""
     pairs = rows * n_head
     partials = torch.empty(MAX_PARTS * pairs * (head_dim + 2), dtype=torch.float32, device=device)
     return partials, torch.zeros(pairs, dtype=torch.int32, device=device)
@@ -189,6 +225,37 @@ def _paged_attention(
         kernels.paged_attention(*arguments, partials, counters)
         return None
     module.paged_attention(*arguments, partials, counters, torch.get_num_threads(), _stream(k_pages))
+    return None
+
+
+def _append_attention(
+    qkv: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    scale: float,
+    partials: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> None:
+    module = _extension(k_pages)
+    arguments = (qkv, k_pages, v_pages, block_table, lengths, query_starts, slots, out, scale)
+    if module is None:
+        if not uses_triton(k_pages):
+            return fallback.append_attention(*arguments)
+        from bark_fast.kernels import paged_kv as kernels
+
+        fallback.check_append(qkv, k_pages, v_pages, slots)
+        query = fallback.queries(qkv, k_pages)
+        fallback.check_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out)
+        kernels.paged_attention(
+            query, k_pages, v_pages, block_table, lengths, query_starts, out, scale, partials, counters, slots
+        )
+        return None
+    module.append_attention(*arguments, partials, counters, torch.get_num_threads(), _stream(k_pages))
     return None
 
 

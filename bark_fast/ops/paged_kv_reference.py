@@ -115,6 +115,33 @@ def paged_attention(
             out[start + blind : stop] = seen.transpose(0, 1).flatten(1)
 
 
+def queries(qkv: Tensor, k_pages: Tensor) -> Tensor:
+    """q of the packed projection: (rows, n_head, head_dim), strided."""
+    _, n_head, _, head_dim = k_pages.shape
+    return qkv[:, : n_head * head_dim].view(len(qkv), n_head, head_dim)
+
+
+def append_attention(
+    qkv: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    scale: float,
+) -> None:
+    """See `paged_kv.append_attention`."""
+    num_pages, _, page_size, _ = k_pages.shape
+    check_append(qkv, k_pages, v_pages, slots)
+    query = queries(qkv, k_pages)
+    check_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out)
+    check_tables(num_pages, page_size, len(qkv), block_table, lengths, query_starts)
+    append_kv(qkv, k_pages, v_pages, slots)
+    paged_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out, scale)
+
+
 def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     """See `paged_kv.copy_pages`."""
     check_match("pairs", pairs, torch.int32, (len(pairs), 2))

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from paged_batches import Batch, attend, contiguous, make_batch
+from simulated_cuda import simulated_cuda, why_not
 from torch import Tensor
 
 from bark_fast import extension
@@ -25,11 +26,16 @@ needs_compiled = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing:
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.fixture(params=[*ISAS, "plain torch"])
+@pytest.fixture(params=[*ISAS, "plain torch", "simulated CUDA"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Every way this machine can compute, one after another."""
     if request.param == "plain torch":
         monkeypatch.setattr(paged_kv, "compiled", lambda cuda: None)
+        yield request.param
+    elif request.param == "simulated CUDA":
+        if why_not():
+            pytest.skip(why_not())
+        monkeypatch.setattr(paged_kv, "compiled", lambda cuda: simulated_cuda())
         yield request.param
     else:
         before = C.isa()
@@ -107,6 +113,62 @@ def test_calls_from_several_python_threads_do_not_disturb_one_another() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(often, range(8)))
+
+
+NEW = ([1, 16, 17, 70, 300, 40, 33, 640], [1, 3, 1, 8, 5, 0, 1, 2])
+"""(tokens, new ones among them): nothing cached, page boundaries, no new rows."""
+
+
+def check_append(batch: Batch, device: str = "cpu", scratch: tuple[Tensor, Tensor] | None = None) -> None:
+    """append_attention of a batch whose new rows are not in their pages yet."""
+    after, slots = batch.split_off_new()
+    there, truth = batch.to(device), attend(after, torch.float64)
+    pages = there.k_pages, there.v_pages
+    tables = there.block_table, there.lengths, there.query_starts
+    out = paged_kv.append_attention(there.qkv, *pages, *tables, slots.to(device), there.out(), scratch=scratch)
+    assert float((out.cpu().double() - truth).abs().max()) <= bound(after, truth)
+    for written, expected in zip(pages, (after.k_pages, after.v_pages), strict=True):
+        assert torch.equal(written.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_new_rows_are_stored_and_seen(isa: str, dtype: torch.dtype, head_dim: int) -> None:
+    check_append(make_batch(*NEW, n_head=2, head_dim=head_dim, dtype=dtype, pad=24))
+
+
+def test_new_rows_before_the_first_token_are_ignored(isa: str) -> None:
+    check_append(make_batch([0, 2, 5, 1], [2, 4, 0, 1], n_head=2))
+
+
+def test_the_tolerance_notices_a_new_key_left_out() -> None:
+    batch = make_batch(*NEW, n_head=2, dtype=torch.bfloat16)
+    after, _ = batch.split_off_new()
+    truth = attend(after, torch.float64)
+    without = attend(after, torch.float64, shift=-1).nan_to_num()
+    assert float((without - truth).abs().max()) > bound(after, truth)
+
+
+def test_append_attention_refuses_before_it_writes(isa: str) -> None:
+    if isa == "simulated CUDA":
+        pytest.skip("CUDA skips what is out of range: its tables lie on the device")
+    batch = make_batch([20, 60], [1, 3])
+    _, slots = batch.split_off_new()
+    before, out = batch.k_pages.clone(), torch.full_like(batch.out(), 7.0)
+    names = ("qkv", "k_pages", "v_pages", "block_table", "lengths", "query_starts")
+    good = {name: getattr(batch, name) for name in names} | {"slots": slots, "out": out}
+    bad = {
+        r"slots\[1\] is 10000; ": {"slots": with_entry(slots, (1,), 10_000)},
+        r"block_table\[\d+\] is 99; ": {"block_table": with_entry(batch.block_table, (1, 2), 99)},
+        r"lengths\[0\] is -1; ": {"lengths": with_entry(batch.lengths, (0,), -1)},
+        "slots (is|has)": {"slots": slots.int()},
+        "qkv has shape": {"qkv": batch.qkv[:, 1:]},
+        "out (is|has)": {"out": out[:3]},
+    }
+    for message, change in bad.items():
+        with pytest.raises(ValueError, match=message):
+            paged_kv.append_attention(**(good | change))
+    assert (out == 7).all() and torch.equal(batch.k_pages.nan_to_num(), before.nan_to_num())
 
 
 def test_rows_without_keys_are_zero(isa: str) -> None:
@@ -246,6 +308,8 @@ def test_attention_refuses_before_it_writes(message: str) -> None:
 
 
 def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
+    if isa == "simulated CUDA":
+        pytest.skip("CUDA skips what is out of range: its tables lie on the device")
     qkv = torch.randn(3, 3 * 12 * 64)
     k_pages, v_pages = torch.randn(2, 4, 12, 16, 64)
     before = k_pages.clone(), v_pages.clone()
@@ -301,6 +365,19 @@ def test_operators_pass_opcheck() -> None:
     samples = [
         (ops.append_kv, (batch.qkv, *clean, torch.tensor([1, 2, 3, -1]))),
         (ops.paged_attention, (query, *clean, table, lengths, starts, torch.zeros(4, 768), 0.125)),
+        (
+            ops.append_attention,
+            (
+                batch.qkv,
+                *clean,
+                table,
+                lengths,
+                starts,
+                torch.tensor([1, 2, 3, -1]),
+                torch.zeros(4, 768),
+                0.125,
+            ),
+        ),
         (ops.copy_pages, (*clean, torch.tensor([[0, 1]], dtype=torch.int32))),
         (ops.gather_kv, (clean[0], table[1], 60, torch.zeros(12, 60, 64))),
         (ops.swap_pages, (*clean, torch.tensor([[0, 1]], dtype=torch.int32))),
@@ -338,22 +415,43 @@ def test_plain_torch_says_the_same_of_a_wrong_table() -> None:
         )
 
 
-@pytest.mark.gpu
-@needs_gpu
+@pytest.fixture(
+    params=["simulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])],
+)
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The device of tensors that the CUDA sources compute with: a GPU's, or the CPU's that simulates one."""
+    if request.param == "cuda":
+        return "cuda"
+    if why_not():
+        pytest.skip(why_not())
+    monkeypatch.setattr(paged_kv, "compiled", lambda cuda: simulated_cuda())
+    return "cpu"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("split", [False, True])
-def test_gpu_attention_is_as_exact_as_torch(dtype: torch.dtype, head_dim: int, split: bool) -> None:
+def test_cuda_attention_is_as_exact_as_torch(cuda: str, dtype: torch.dtype, head_dim: int, split: bool) -> None:
     for page_size in (16, 64):
         batch = make_batch(
             EDGES, [min(3, n) for n in EDGES], n_head=2, head_dim=head_dim, page_size=page_size, dtype=dtype
         )
-        on_gpu = batch.to("cuda")
-        scratch = paged_kv.attention_scratch(len(batch.qkv), 2, head_dim, "cuda") if split else None
+        on_gpu = batch.to(cuda)
+        scratch = paged_kv.attention_scratch(len(batch.qkv), 2, head_dim, cuda) if split else None
         truth = attend(batch, torch.float64)
         for _ in range(2):  # counters are zero again after a launch
             out = paged_kv.paged_attention(*on_gpu.arguments(), on_gpu.out(), scratch=scratch)
             assert float((out.cpu().double() - truth).abs().max()) <= bound(batch, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("split", [False, True])
+def test_cuda_stores_and_sees_new_rows(cuda: str, dtype: torch.dtype, head_dim: int, split: bool) -> None:
+    batch = make_batch(*NEW, n_head=2, head_dim=head_dim, dtype=dtype)
+    scratch = paged_kv.attention_scratch(len(batch.qkv), 2, head_dim, cuda) if split else None
+    for _ in range(2):
+        check_append(batch, cuda, scratch)
 
 
 @pytest.mark.gpu
@@ -361,37 +459,82 @@ def test_gpu_attention_is_as_exact_as_torch(dtype: torch.dtype, head_dim: int, s
 def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths() -> None:
     batch = make_batch([1000], n_head=12).to("cuda")
     out, scratch = batch.out(), paged_kv.attention_scratch(1, 12, 64, "cuda")
-    slots = torch.tensor([-1], device="cuda")
+    slots, place = torch.full((2, 1), -1, device="cuda")
+    stored_out = batch.out()
     graph = torch.cuda.CUDAGraph()
+    tables = batch.block_table, batch.lengths, batch.query_starts
     with torch.cuda.graph(graph):
         paged_kv.append_kv(batch.qkv, batch.k_pages, batch.v_pages, slots)
         paged_kv.paged_attention(*batch.arguments(), out, scratch=scratch)
+        paged_kv.append_attention(
+            batch.qkv, batch.k_pages, batch.v_pages, *tables, place, stored_out, scratch=scratch
+        )
     for length in (1000, 17, 513):
         batch.lengths.fill_(length)
         graph.replay()
         truth = attend(batch.to("cpu"), torch.float64)
         assert float((out.cpu().double() - truth).abs().max()) < 1e-5
+        after, slot = batch.to("cpu").split_off_new()
+        place.copy_(slot)
+        graph.replay()
+        truth = attend(after, torch.float64)
+        assert float((stored_out.cpu().double() - truth).abs().max()) < 1e-5
+
+
+def test_cuda_moves_are_exact_and_skip_what_is_out_of_range(cuda: str) -> None:
+    batch = make_batch([100], [5], dtype=torch.bfloat16)
+    theirs = batch.to(cuda)
+    slots = torch.tensor([3, -1, 17, 10**12, 40])
+    pairs = torch.tensor([[0, 1], [1, 2], [0, 99], [-1, 3]], dtype=torch.int32)
+    paged_kv.append_kv(theirs.qkv, theirs.k_pages, theirs.v_pages, slots.to(cuda))
+    paged_kv.copy_pages(theirs.k_pages, theirs.v_pages, pairs.to(cuda))
+    fallback.append_kv(batch.qkv, batch.k_pages, batch.v_pages, torch.where(slots < 10**6, slots, -1))
+    fallback.copy_pages(batch.k_pages, batch.v_pages, pairs[:2])
+    for written, expected in ((theirs.k_pages, batch.k_pages), (theirs.v_pages, batch.v_pages)):
+        assert torch.equal(written.cpu().nan_to_num(), expected.nan_to_num())
+    table = theirs.block_table[0]
+    gathered = paged_kv.gather_kv(theirs.v_pages, table, 100).cpu()
+    expected = contiguous(batch.v_pages, batch.block_table[0], 100)
+    assert torch.equal(gathered.nan_to_num(), expected.nan_to_num())
+    table[2] = len(batch.k_pages)
+    gathered = paged_kv.gather_kv(theirs.v_pages, table, 100).cpu()
+    assert (gathered[:, 32:48] == 0).all()
+    assert torch.equal(gathered[:, 48:].nan_to_num(), expected[:, 48:].nan_to_num())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_cuda_keys_on_pages_out_of_range_are_absent(cuda: str, split: bool) -> None:
+    batch = make_batch([300, 40], n_head=2)
+    theirs = batch.to(cuda)
+    scratch = paged_kv.attention_scratch(2, 2, 64, cuda) if split else None
+    theirs.block_table[0, [0, 7]] = torch.tensor([len(batch.k_pages), -5], dtype=torch.int32).to(cuda)
+    theirs.lengths[1] = 10**6  # more than the table has room for, which is as much as row 0 uses
+    theirs.block_table[1, 3:] = 2**31 - 1
+    rows = paged_kv.paged_attention(*theirs.arguments(), theirs.out(), scratch=scratch).cpu().view(2, 2, 64)
+    there = torch.tensor([t for t in range(300) if t // 16 not in (0, 7)])
+    key, value = (
+        contiguous(pages, batch.block_table[0], 300)[:, there].double()
+        for pages in (batch.k_pages, batch.v_pages)
+    )
+    weights = torch.softmax(key @ batch.query[0].double()[:, :, None] / 8, dim=1)
+    assert float((rows[0] - (weights * value).sum(1)).abs().max()) < 1e-6
+    assert rows[1].isnan().all()  # it sees all of its last page, of which the tail holds NaN
+
+
+def test_cuda_rows_outside_their_sequence_are_zero(cuda: str) -> None:
+    batch = make_batch([20, 60], [1, 3]).to(cuda)
+    batch.query_starts.copy_(torch.tensor([1, 2, 3], dtype=torch.int32))
+    out = paged_kv.paged_attention(*batch.arguments(), batch.out()).cpu()
+    assert (out[0] == 0).all() and (out[3] == 0).all()
+    assert out.isfinite().all() and out[1].any() and out[2].any()
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_moves_are_exact_and_skip_what_is_out_of_range() -> None:
-    batch = make_batch([100], [5], dtype=torch.bfloat16)
-    on_gpu = batch.to("cuda")
-    slots = torch.tensor([3, -1, 17, 10**12, 40])
-    pairs = torch.tensor([[0, 1], [1, 2], [0, 99]], dtype=torch.int32)
-    paged_kv.append_kv(on_gpu.qkv, on_gpu.k_pages, on_gpu.v_pages, slots.cuda())
-    paged_kv.copy_pages(on_gpu.k_pages, on_gpu.v_pages, pairs.cuda())
-    paged_kv.append_kv(batch.qkv, batch.k_pages, batch.v_pages, torch.where(slots < 10**6, slots, -1))
-    paged_kv.copy_pages(batch.k_pages, batch.v_pages, pairs[:2])
-    for mine, theirs in ((on_gpu.k_pages, batch.k_pages), (on_gpu.v_pages, batch.v_pages)):
-        assert torch.equal(mine.cpu().nan_to_num(), theirs.nan_to_num())
-    gathered = paged_kv.gather_kv(on_gpu.v_pages, on_gpu.block_table[0], 100)
-    assert torch.equal(
-        gathered.cpu().nan_to_num(), contiguous(batch.v_pages, batch.block_table[0], 100).nan_to_num()
-    )
-    host = torch.empty_like(batch.k_pages).pin_memory()
-    every = torch.arange(len(host), dtype=torch.int32)[:, None].expand(-1, 2).contiguous()
-    paged_kv.swap_pages(on_gpu.k_pages, host, every)
+def test_gpu_pages_are_swapped_with_pinned_memory() -> None:
+    pages = torch.randn(5, 12, 16, 64, device="cuda")
+    host = torch.zeros(7, 12, 16, 64).pin_memory()
+    paged_kv.swap_pages(pages, host, torch.tensor([[3, 0], [1, 6]], dtype=torch.int32))
     torch.cuda.synchronize()
-    assert torch.equal(host.nan_to_num(), batch.k_pages.nan_to_num())
+    assert torch.equal(host[[0, 6]], pages[[3, 1]].cpu())
+    assert not host[1:6].any()

@@ -15,8 +15,6 @@ from bark_fast.ops import paged_kv_reference as fallback
 from bark_fast.ops.dispatch import prefer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-COMPUTED = [*DTYPES[:2], pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-"""The interpreter cuts float32 to bfloat16 where a GPU rounds."""
 FLOOR = {torch.float32: 2e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 EDGES = [1, 15, 16, 17, 63, 64, 65, 129, 640, 1024]
 HAS_GPU = torch.cuda.is_available()
@@ -62,22 +60,52 @@ def check(batch: Batch, split: bool = True, scale: float | None = None) -> None:
         assert not scratch[1].any()
 
 
-@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", [False, True])
 def test_attention_is_as_exact_as_torch(dtype: torch.dtype, split: bool) -> None:
     check(make_batch(EDGES, n_head=2, dtype=dtype, spread=2.0), split)
 
 
-@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("head_dim", "page_size"), [(32, 16), (32, 64), (64, 32), (128, 16), (128, 64)])
 def test_other_head_and_page_sizes(head_dim: int, page_size: int, dtype: torch.dtype) -> None:
     check(make_batch([1, 17, 65, 130, 300], n_head=2, head_dim=head_dim, page_size=page_size, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", COMPUTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_query_rows_are_causal_bottom_right(dtype: torch.dtype) -> None:
     lengths, rows = [1, 3, 16, 65, 300], [1, 3, 5, 0, 4]
     check(make_batch(lengths, rows, n_head=2, dtype=dtype, pad=24))
+
+
+def check_append(batch: Batch, split: bool) -> None:
+    """append_attention, twice over one scratch, of a batch whose new rows are not in their pages yet."""
+    after, slots = batch.split_off_new()
+    truth = attend(after, torch.float64)
+    scratch = scratch_for(batch) if split else None
+    for _ in range(2):
+        there = batch.to(DEVICE)
+        pages, tables = (there.k_pages, there.v_pages), (there.block_table, there.lengths, there.query_starts)
+        out = paged_kv.append_attention(
+            there.qkv, *pages, *tables, slots.to(DEVICE), there.out(), scratch=scratch
+        )
+        assert float((out.cpu().double() - truth).abs().max()) <= bound(after, truth)
+        for written, expected in zip(pages, (after.k_pages, after.v_pages), strict=True):
+            assert torch.equal(written.cpu().nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert scratch is None or not scratch[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", [False, True])
+def test_new_rows_are_stored_and_seen(dtype: torch.dtype, split: bool) -> None:
+    new = [1, 16, 17, 70, 300, 40, 33, 640], [1, 3, 1, 8, 5, 0, 1, 2]
+    check_append(make_batch(*new, n_head=2, dtype=dtype, pad=24), split)
+
+
+@pytest.mark.parametrize(("head_dim", "page_size"), [(32, 16), (32, 64), (128, 32)])
+def test_new_rows_of_other_head_and_page_sizes(head_dim: int, page_size: int) -> None:
+    new = [17, 90, 2], [1, 70, 4]  # more new rows than a tile; some before the first token
+    check_append(make_batch(*new, n_head=2, head_dim=head_dim, page_size=page_size), True)
 
 
 def test_more_sequences_than_are_searched_at_once() -> None:

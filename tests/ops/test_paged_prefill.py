@@ -11,8 +11,7 @@ from bark_fast.ops import paged_kv_reference as reference
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.paged_prefill import paged_prefill
 
-HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-DTYPES = [torch.float32, *HALVES]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOOR = {torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -28,25 +27,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def new_slots(batch: Batch) -> Tensor:
-    """Where the new tokens of every sequence belong; -1 for rows before a sequence's first token."""
-    page_size, starts, slots = batch.k_pages.shape[2], batch.query_starts.tolist(), []
-    for seq, total in enumerate(batch.lengths.tolist()):
-        for position in range(total - (starts[seq + 1] - starts[seq]), total):
-            page = int(batch.block_table[seq, max(position, 0) // page_size])
-            slots.append(page * page_size + position % page_size if position >= 0 else -1)
-    return torch.tensor(slots, dtype=torch.int64)
-
-
-def split_off_new(batch: Batch) -> tuple[Batch, Tensor]:
-    """The batch after prefill, and the slots; in `batch` the places of new tokens become NaN."""
-    slots = new_slots(batch)
-    after = Batch(**{name: value.clone() for name, value in vars(batch).items()})
-    reference.append_kv(batch.qkv, after.k_pages, after.v_pages, slots)
-    reference.append_kv(torch.full_like(batch.qkv, float("nan")), batch.k_pages, batch.v_pages, slots)
-    return after, slots
-
-
 def run(batch: Batch, slots: Tensor, backend: str, max_queries: int | None = None) -> tuple[Tensor, Batch]:
     """Prefill on DEVICE: the result, and the batch with its pages, on the CPU again."""
     there = batch.to(DEVICE)
@@ -60,7 +40,7 @@ def run(batch: Batch, slots: Tensor, backend: str, max_queries: int | None = Non
 
 
 def check(batch: Batch, backend: str, max_queries: int | None = None) -> None:
-    after, slots = split_off_new(batch)
+    after, slots = batch.split_off_new()
     truth = attend(after, torch.float64)
     dtype = batch.qkv.dtype
     bound = 2 * float((attend(after, dtype).double() - truth).abs().max()) + FLOOR[dtype]
@@ -96,14 +76,14 @@ def test_small_and_large_blocks(dtype: torch.dtype, processors: int) -> None:
 def test_rows_before_the_first_token_are_zero_and_no_keys(backend: str) -> None:
     batch = make_batch([0, 2, 40], [2, 4, 70], n_head=2)
     check(batch, backend)
-    _, slots = split_off_new(batch)
+    _, slots = batch.split_off_new()
     out, _ = run(batch, slots, backend)
     assert (out[:4] == 0).all() and (out[6:36] == 0).all() and (out[36] != 0).any()
 
 
 def test_new_keys_come_from_the_projection_whatever_their_slots(backend: str) -> None:
     batch = make_batch([40, 20], [8, 20], n_head=2)
-    after, slots = split_off_new(batch)
+    after, slots = batch.split_off_new()
     slots[[2, 12]] = -1
     out, got = run(batch, slots, backend)
     assert float((out.double() - attend(after, torch.float64)).abs().max()) < 1e-5
@@ -115,7 +95,7 @@ def test_new_keys_come_from_the_projection_whatever_their_slots(backend: str) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_tolerance_notices(change: str, dtype: torch.dtype) -> None:
     batch = make_batch(*RAGGED, n_head=2, dtype=dtype, spread=2.0)
-    after, _ = split_off_new(batch)
+    after, _ = batch.split_off_new()
     truth = attend(after, torch.float64)
     bound = 2 * float((attend(after, dtype).double() - truth).abs().max()) + FLOOR[dtype]
     if change == "a page mistaken":
@@ -127,7 +107,7 @@ def test_the_tolerance_notices(change: str, dtype: torch.dtype) -> None:
 def test_what_is_out_of_range_is_absent_and_not_followed() -> None:
     pytest.importorskip("triton")
     batch = make_batch([100, 40], [4, 40], n_head=2)
-    after, slots = split_off_new(batch)
+    after, slots = batch.split_off_new()
     cut = Batch(**{name: value.clone() for name, value in vars(after).items()})
     cut.block_table[0, :-1] = after.block_table[0, 1:]
     cut.lengths[0] -= 16
@@ -145,7 +125,7 @@ def test_what_is_out_of_range_is_absent_and_not_followed() -> None:
 
 def test_wrong_arguments_are_named(backend: str) -> None:
     batch = make_batch([20, 60], [1, 3], n_head=2).to(DEVICE)
-    slots = new_slots(batch).to(DEVICE)
+    slots = batch.new_slots().to(DEVICE)
     tables = batch.block_table, batch.lengths, batch.query_starts
     pages = batch.k_pages, batch.v_pages
     with prefer(backend):  # type: ignore[arg-type]
@@ -163,12 +143,12 @@ def test_wrong_arguments_are_named(backend: str) -> None:
 
 def test_no_rows(backend: str) -> None:
     batch = make_batch([20], [0], n_head=2)
-    assert run(batch, new_slots(batch), backend)[0].shape == (0, 128)
+    assert run(batch, batch.new_slots(), backend)[0].shape == (0, 128)
 
 
 def test_the_operator_passes_opcheck_and_traces() -> None:
     batch = make_batch([20, 60], [20, 3], n_head=2)
-    _, slots = split_off_new(batch)
+    _, slots = batch.split_off_new()
     pages = [pages.nan_to_num() for pages in (batch.k_pages, batch.v_pages)]
     tables = batch.block_table, batch.lengths, batch.query_starts
     arguments = (batch.qkv, *pages, *tables, slots, torch.zeros(23, 128), 0.125, 20)
@@ -193,7 +173,7 @@ def test_gpu_prompts_of_production(n_head: int, dtype: torch.dtype) -> None:
 def test_a_captured_prefill_is_right_for_other_lengths() -> None:
     pytest.importorskip("triton")
     batch = make_batch([100, 70], [40, 30], n_head=2)
-    _, slots = split_off_new(batch)
+    _, slots = batch.split_off_new()
     there, out, where = batch.to(DEVICE), batch.to(DEVICE).out(), slots.to(DEVICE)
     tables = there.block_table, there.lengths, there.query_starts
 
@@ -211,7 +191,7 @@ def test_a_captured_prefill_is_right_for_other_lengths() -> None:
     for lengths, starts in (([100, 70], [0, 40, 70]), ([90, 68], [0, 10, 70])):
         there.lengths.copy_(torch.tensor(lengths))
         there.query_starts.copy_(torch.tensor(starts))
-        after, slots = split_off_new(there.to("cpu"))
+        after, slots = there.to("cpu").split_off_new()
         where.copy_(slots)
         replay()
         assert float((out.cpu().double() - attend(after, torch.float64)).abs().max()) < 1e-5
