@@ -23,6 +23,8 @@ from harness import append_rows, machine, quantiles
 from peers import HFPeer, SunoPeer
 
 from bark_fast import Bark, SamplingParams, make_checkpoint, patched
+from bark_fast.config import Layout
+from bark_fast.stages.semantic import max_tokens
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STAGES = ("semantic", "coarse", "fine", "codec")
@@ -50,7 +52,7 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
 
     def speak_hf(peer: HFPeer, seconds: float) -> Any:
         torch.manual_seed(SEED)
-        return peer.speak([TEXT], semantic_max_new_tokens=round(seconds * 49.9 + 0.5))[0]
+        return peer.speak([TEXT], semantic_max_new_tokens=max_tokens(Layout(), seconds))[0]
 
     def speak_patched(peer: Any, speak: Callable[[Any, float], Any], seconds: float) -> Any:
         with patched(peer.bark if isinstance(peer, SunoPeer) else peer.model):

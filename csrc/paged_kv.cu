@@ -88,12 +88,7 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
     const int64_t width = int64_t{pages.n_head} * D;
     const T* projected = static_cast<const T*>(call.query) + int64_t{head} * D + lane * kElements;
     const int32_t older = call.slots ? length - rows : length;  // keys from there on are those of the call's rows
-    if (call.slots && part == 0 && threadIdx.x < 2 * kLanes && slot_in_range(pages, call.slots[row])) {
-        const bool is_value = threadIdx.x >= kLanes;
-        T* to = static_cast<T*>(is_value ? call.v_pages : call.k_pages) + lane * kElements;
-        *reinterpret_cast<Bytes16*>(to + slot_offset(pages, call.slots[row], head)) =
-            *reinterpret_cast<const Bytes16*>(projected + row * call.query_stride + (is_value ? 2 : 1) * width);
-    }
+    const int64_t slot = call.slots && part == 0 ? call.slots[row] : -1;  // asked for here, used after the loop
 
     float q[kElements], o[kElements] = {};
     float maximum = -INFINITY, total = 0.0f;
@@ -146,6 +141,13 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
             for (int i = 0; i < kElements; ++i) o[i] = fmaf(weight, x[i], o[i]);
         }
         maximum = best;
+    }
+
+    if (threadIdx.x < 2 * kLanes && slot_in_range(pages, slot)) {
+        const bool is_value = threadIdx.x >= kLanes;
+        T* to = static_cast<T*>(is_value ? call.v_pages : call.k_pages) + lane * kElements;
+        *reinterpret_cast<Bytes16*>(to + slot_offset(pages, slot, head)) =
+            *reinterpret_cast<const Bytes16*>(projected + row * call.query_stride + (is_value ? 2 : 1) * width);
     }
 
     // groups of a warp by shuffles, warps through shared memory

@@ -117,7 +117,7 @@ def append_attention(
     scale: float | None = None,
     scratch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`append_kv`, then `paged_attention` of the same rows: one launch on a GPU, two less to wait for a layer.
+    """`append_kv`, then `paged_attention` of the same rows; on a GPU in one launch.
 
     qkv: (rows, 3 * n_head * head_dim), the packed projection q | k | v, rows any stride apart. slots: (rows,)
     int64, where the table puts each row's token, all distinct; -1 for a row that is to be ignored: nothing of
