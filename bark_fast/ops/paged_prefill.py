@@ -66,7 +66,7 @@ def _paged_prefill(
 ) -> None:
     reference.check_append(qkv, k_pages, v_pages, slots)
     n_head, head_dim = k_pages.shape[1], k_pages.shape[3]
-    query = qkv.view(len(qkv), 3, n_head, head_dim)[:, 0]
+    query = reference.queries(qkv, k_pages)
     reference.check_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out)
     if not scale > 0:
         raise ValueError(f"scale is {scale}; expected a positive value")
