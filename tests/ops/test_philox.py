@@ -45,6 +45,11 @@ def test_words_equal_the_reference_bit_for_bit(seed: int) -> None:
     assert torch.equal(out, torch.stack(philox4x32(tuple(counters), seed)))
 
 
+CLOSE = {"cpu": 5, "cuda": 2}
+"""Bound on `ulps` between two logarithms: over every u that can be drawn NumPy's, which the interpreter takes, is up to
+3.84 ulps off (AVX2) and torch's 0.89."""
+
+
 def ulps(got: Tensor, expected: Tensor) -> int:
     """Largest distance in units of the last place."""
     bits = (t.contiguous().view(torch.int32).long() for t in (got, expected))
@@ -59,11 +64,11 @@ def test_exponentials_are_those_of_philox_noise(device: str, width: int) -> None
     places = torch.tensor([place_row(seed, 100 + row, 17, 3) for row in range(rows)], device=device)
     for rows_a_program in (1, 4):
         got = philox.exponential(places, width, rows_a_program)
-        assert ulps(got, expected) <= 2
+        assert ulps(got, expected) <= CLOSE[device]
     if width > 4:
         swapped = expected.clone()
         swapped[:, [0, 1]] = expected[:, [1, 0]]
-        assert ulps(got, swapped) > 2, "lanes in another order would pass"
+        assert ulps(got, swapped) > CLOSE[device], "lanes in another order would pass"
 
 
 def chi_squared_bound(degrees: int) -> float:
