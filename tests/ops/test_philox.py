@@ -46,8 +46,8 @@ def test_words_equal_the_reference_bit_for_bit(seed: int) -> None:
 
 
 CLOSE = {"cpu": 5, "cuda": 2}
-"""Bound on `ulps` between two logarithms: over every u that can be drawn NumPy's, which the interpreter takes, is up to
-3.84 ulps off (AVX2) and torch's 0.89."""
+"""Bound on `ulps` between two logarithms: over every u that can be drawn NumPy's, which the interpreter takes,
+is up to 3.84 ulps off (AVX2) and torch's 0.89."""
 
 
 def ulps(got: Tensor, expected: Tensor) -> int:
