@@ -153,6 +153,27 @@ def test_a_cancelled_neighbour_changes_nothing_and_leaves_nothing(suno_bark: Bar
     assert tokens_of(runner, seeds) == {seed: alone[seed] for seed in seeds}
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("models_back_on_the_cpu")
+def test_a_burst_is_launched_while_the_one_before_still_runs(suno_bark: Bark, monkeypatch) -> None:
+    """Nothing in it waits for the device, as far as torch notices that."""
+    runner = runner_of(GraphRunner, suno_bark, "cuda")
+    follow = DecodeLoop._follow
+    launched = []
+
+    def without_waiting(loop: DecodeLoop, before: burst.Burst) -> burst.Burst | None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched.append(follow(loop, before))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return launched[-1]
+
+    monkeypatch.setattr(DecodeLoop, "_follow", without_waiting)
+    tokens_of(runner, list(range(12)))
+    assert sum(one is not None for one in launched) > 5
+
+
 def of_generators(runner: EagerRunner, seeds: list[int], max_batch: int) -> dict[int, tuple[list[int], float]]:
     """What each random stage drew from a torch generator of its own, and what that gives next."""
     generators = {seed: torch.Generator(runner.device).manual_seed(seed) for seed in seeds}

@@ -17,6 +17,7 @@ from bark_fast.engine.burst import BURST, Buffers, Burst, Capture, Row, Shape, p
 from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
+from bark_fast.engine.transfers import overwrite
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_state import STEP, DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
@@ -99,13 +100,13 @@ class DecodeLoop:
         rows, tables = self._extend(rows, steps)
         rules = [row.sequence.work.rule for row in rows]
         bucket = 1 << (len(rows) - 1).bit_length()
-        packed = pack_rules(rules + rules[:1] * (bucket - len(rows)), self.pool.device)
+        packed = pack_rules(rules + rules[:1] * (bucket - len(rows)))
         windows = [window for rule in rules for window in rule.windows]
         low, high = min(low for low, _ in windows), max(high for _, high in windows)
         self.shape = Shape(bucket, low, high, packed.window, packed.filters)
         buffers = self._prepare(self.shape)
-        buffers.integers.copy_(packed.integers)
-        buffers.numbers.copy_(packed.numbers)
+        overwrite(buffers.integers, packed.integers)
+        overwrite(buffers.numbers, packed.numbers)
         host = DecodeState.empty(bucket, self.pool.max_pages, BURST, "cpu")
         count, cached = len(rows), np.array([row.cached for row in rows])
         pages = tables[np.arange(count), cached // PAGE_SIZE].astype(np.int64)
@@ -118,7 +119,7 @@ class DecodeLoop:
         host.remaining[:count] = torch.tensor([row.left for row in rows])
         host.eos[:count] = torch.tensor([-1 if rule.eos_token is None else rule.eos_token for rule in rules])
         for ours, theirs in zip(buffers.state.tensors(), host.tensors(), strict=True):
-            ours.copy_(theirs)
+            overwrite(ours, theirs)
         return self._launch(rows, steps)
 
     def _follow(self, burst: Burst) -> Burst | None:
@@ -128,7 +129,7 @@ class DecodeLoop:
         if not steps or not self._fits(rows, steps):
             return None
         rows, tables = self._extend(rows, steps)
-        self._buffers().state.block_tables[: len(rows)].copy_(torch.from_numpy(tables))
+        overwrite(self._buffers().state.block_tables[: len(rows)], torch.from_numpy(tables))
         return self._launch(rows, steps)
 
     def _fits(self, rows: list[Row], steps: int) -> bool:
@@ -165,7 +166,7 @@ class DecodeLoop:
             assert isinstance(source, DrawnAhead)
             for step in range(row.step, row.step + min(steps, row.left)):
                 drawn = source.ahead(work.rule, work.chunk, row.sequence.stream, step)
-                noise[index, step % BURST, : len(drawn)] = drawn
+                overwrite(noise[index, step % BURST, : len(drawn)], drawn)
 
     def _read(self, burst: Burst, got: dict[Sequence, list[int]]) -> None:
         """Add the tokens of the burst to those of each sequence that is still where the burst began."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bark_fast.config import GPTConfig
 from bark_fast.engine.page_pool import make_pool
+from bark_fast.engine.transfers import sent
 from bark_fast.ops import paged_kv
 from bark_fast.ops.attention import attention
 from bark_fast.ops.decode_layers import PagedRows
@@ -145,4 +146,4 @@ class KVPool:
         return out
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return sent(torch.from_numpy(array), self.device)

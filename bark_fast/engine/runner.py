@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, KVPool
 from bark_fast.engine.memory import Offloader, cache_pages
 from bark_fast.engine.sequence import Sequence
+from bark_fast.engine.transfers import sent
 from bark_fast.errors import GenerationError
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
@@ -149,8 +150,8 @@ class EagerRunner:
             positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
             if seq.draws:
                 drawing.append(len(ids) - 1)
-        merged = None if max(extra) == NO_TOKEN else torch.tensor(extra, device=pool.device)
-        tokens_fed, places = torch.tensor(ids, device=pool.device), torch.tensor(positions, device=pool.device)
+        merged = None if max(extra) == NO_TOKEN else sent(torch.tensor(extra), pool.device)
+        tokens_fed, places = (sent(torch.tensor(column), pool.device) for column in (ids, positions))
         if rows := pool.one_row_each(reserved):
             hidden = gpt.decode(tokens_fed, places, rows, merged)
         else:
@@ -173,7 +174,8 @@ class EagerRunner:
                 drawing = [rows[place] for place in places]
                 noise = None
                 if not rule.greedy:
-                    noise = torch.stack([self._noise(sequences[row]) for row in drawing]).to(logits.device)
+                    drawn = torch.stack([self._noise(sequences[row]) for row in drawing])
+                    noise = sent(drawn, logits.device)
                 scores = logits if len(places) == len(rows) else logits[places]
                 eos = None if rule.eos_token is None else rule.eos_token - low
                 for row, token in zip(drawing, sample(scores, noise, rule, eos).tolist(), strict=True):
@@ -192,23 +194,22 @@ class EagerRunner:
     def _fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:
         codebook = passes[0].codebook
         device = self.devices["fine"]
-        codes = torch.from_numpy(np.stack([work.codes for work in passes])).to(device)
+        codes = sent(torch.from_numpy(np.stack([work.codes for work in passes])), device)
         hidden = self.fine_model(codes, codebook)
-        results = []
+        predicted = []
         for work, rows, source in zip(passes, hidden, noise, strict=True):
             logits = self.fine_model.logits(rows[work.start :], codebook, work.codebook_size)
             drawn = None
             if work.temperature > 0:
-                drawn = source.codes(work.chunk, FINE_STREAM + codebook, work.first_step, *logits.shape).to(
-                    device
-                )
-            result: IntArray = sample_codes(logits, drawn, work.temperature).cpu().numpy()
-            if (result == INVALID_TOKEN).any():
-                raise GenerationError(
-                    f"fine produced logits that are NaN or infinite for codebook {codebook}; "
-                    f"check the checkpoint, or use dtype float32 or bfloat16"
-                )
-            results.append(result)
+                stream = FINE_STREAM + codebook
+                drawn = sent(source.codes(work.chunk, stream, work.first_step, *logits.shape), device)
+            predicted.append(sample_codes(logits, drawn, work.temperature))
+        results: list[IntArray] = [codes.cpu().numpy() for codes in predicted]  # once all are launched
+        if any((result == INVALID_TOKEN).any() for result in results):
+            raise GenerationError(
+                f"fine produced logits that are NaN or infinite for codebook {codebook}; "
+                f"check the checkpoint, or use dtype float32 or bfloat16"
+            )
         return results
 
     @torch.inference_mode()

@@ -123,10 +123,9 @@ class PhiloxNoise:
         blocks = (width + 3) // 4
         block = torch.arange(blocks, device=self.device).expand(rows, blocks)
         step = torch.arange(first_step, first_step + rows, device=self.device)[:, None].expand(rows, blocks)
-        fixed = torch.tensor([stream, chunk], device=self.device)
-        words = philox4x32(
-            (block, step, fixed[0].expand(rows, blocks), fixed[1].expand(rows, blocks)), self.seed
-        )
+        # filled on the device: a tensor of host values would wait for all that was launched there
+        streams, chunks = (torch.full((rows, blocks), word, device=self.device) for word in (stream, chunk))
+        words = philox4x32((block, step, streams, chunks), self.seed)
         bits = torch.stack(words, dim=-1).reshape(rows, 4 * blocks)[:, :width]
         return -torch.log(((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23)
 
