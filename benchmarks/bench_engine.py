@@ -1,8 +1,9 @@
-"""Audio-seconds per second of many requests: bark_fast's scheduler beside Hugging Face's static batches.
+"""Audio-seconds per second of many requests, beside Hugging Face's static batches, and what one alone costs.
 
 "mixed": 32 requests of 1 to 10 s in one list, for Hugging Face in batches of 8 as they come. "equal": 8
 requests of the same length, one batch for both. Same weights (random, of the published shapes), dtype and
-machine, each contender in turn.
+machine, each contender in turn. "many": 64 requests of 5 s under way together, without a peer. "alone": one
+utterance, see benchmarks/one_utterance.py.
 
 Random weights do not end by themselves, so each request's length is its limit of semantic tokens. In a batch of
 Hugging Face's every row is computed up to the longest one's end in all stages but the codec, which decodes
@@ -10,6 +11,7 @@ each row's own length. So the batch is run at its longest length; only the rows'
 and of the codec's time only their share counts as work.
 
     python benchmarks/bench_engine.py --size small
+    python benchmarks/bench_engine.py --case alone many --size large --dtype bfloat16 --device cuda
     python benchmarks/bench_engine.py --quick           # tiny weights, short requests: exercises the code only
 """
 
@@ -18,41 +20,51 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import append_rows, machine, quantiles
+from harness import append_rows, checkpoint, machine, quantiles
+from one_utterance import TEXT, figures
 from peers import HFPeer
 
-from bark_fast import Bark, SamplingParams, make_checkpoint
+from bark_fast import Bark, SamplingParams
 
-TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 HF_BATCH = 8
+CASES = ("mixed", "equal", "many", "alone")
 
 
 @dataclass(frozen=True)
 class Case:
-    """Requests by their seconds, and how many times faster than Hugging Face they are meant to be."""
+    """Requests by their seconds, under way together.
+
+    target: how many times faster than Hugging Face they are meant to be; without a peer, the audio-seconds per
+    second meant for large in bfloat16 on an H200.
+    """
 
     name: str
     seconds: list[float]
+    batch: int
     target: float
+    beside_hf: bool = True
 
 
-def cases(quick: bool) -> list[Case]:
-    """32 requests of mixed lengths, 8 of one."""
+def cases(quick: bool, batch: int) -> list[Case]:
+    """32 requests of mixed lengths, 8 of one, 64 at a time."""
     rng = np.random.default_rng(0)
     if quick:
         return [
-            Case("mixed", [round(float(s), 2) for s in rng.uniform(0.2, 1.5, 10)], 1.8),
-            Case("equal", [0.6] * 4, 1.3),
+            Case("mixed", [round(float(s), 2) for s in rng.uniform(0.2, 1.5, 10)], batch, 1.8),
+            Case("equal", [0.6] * 4, batch, 1.3),
+            Case("many", [0.6] * 6, 6, 100.0, beside_hf=False),
         ]
     return [
-        Case("mixed", [round(float(s), 1) for s in rng.uniform(1.0, 10.0, 32)], 1.8),
-        Case("equal", [5.0] * 8, 1.3),
+        Case("mixed", [round(float(s), 1) for s in rng.uniform(1.0, 10.0, 32)], batch, 1.8),
+        Case("equal", [5.0] * 8, batch, 1.3),
+        Case("many", [5.0] * 64, 64, 100.0, beside_hf=False),
     ]
 
 
@@ -81,59 +93,81 @@ def speak_hf(peer: HFPeer, case: Case) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Run both contenders and append their rows."""
+    """Run the cases one after the other and append the rows of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "large"], default="small")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument(
-        "--max-batch", type=int, default=16, help="Utterances under way at a time in bark_fast."
+        "--max-batch", type=int, default=16, help="Utterances under way at a time beside Hugging Face's."
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--case", choices=["mixed", "equal"], help="Only this one.")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["mixed", "equal"], help="Only these.")
     parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
     parser.add_argument("--quick", action="store_true", help="Tiny weights, short requests, no rows.")
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     if options.quick:
-        options.size, options.no_rows = "tiny", True
+        options.size, options.no_rows, options.case = "tiny", True, CASES
     print(f"{machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    chosen = [case for case in cases(options.quick, options.max_batch) if case.name in options.case]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.checkpoints or Path(temporary)) / options.size / "hf"
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            make_checkpoint(folder, size=options.size, format="hf", seed=0)
-        bark = Bark.from_pretrained(
-            folder, device=options.device, dtype=options.dtype, max_batch=options.max_batch
-        )
-        peer = HFPeer(folder, options.device, getattr(torch, options.dtype))
-        for case in cases(options.quick):
-            if options.case in (None, case.name):
-                rows = measure(case, bark, peer, options)
-                if not options.no_rows:  # at once: the next case may take half an hour
-                    print(f"rows appended to {append_rows('engine', rows)}")
+        folder = checkpoint(options.checkpoints or Path(temporary), options.size, "hf")
+        for run in [partial(alone, folder, options)] * ("alone" in options.case) + [
+            partial(measure, case, folder, options) for case in chosen
+        ]:
+            rows = run()
+            if not options.no_rows:  # at once: the next case may take half an hour
+                print(f"rows appended to {append_rows('engine', rows)}")
 
 
-def measure(case: Case, bark: Bark, peer: HFPeer, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of both contenders, one after the other in each repeat."""
-    runs = {"bark_fast": lambda: speak_ours(bark, case), "transformers": lambda: speak_hf(peer, case)}
-    short = Case("warm-up", [0.3] * 2, 0.0)
-    speak_ours(bark, short)
-    speak_hf(peer, short)
+def alone(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each figure of one utterance."""
+    bark = Bark.from_pretrained(folder, device=options.device, dtype=options.dtype, max_batch=1)
+    bounded = options.size == "large" and options.dtype == "bfloat16"
+    rows = []
+    for one in figures(bark, 0.6 if options.quick else 5.0, max(3, options.repeats), bounded):
+        spread = quantiles(one.values)
+        met: bool | str = ""
+        wanted = ""
+        if one.at_most is not None:
+            met = spread["p50"] <= one.at_most
+            wanted = f", wanted at most {one.at_most:.4g}: {'met' if met else 'NOT MET'}"
+        print(f"alone: {spread['p50']:.4g} {one.unit}{wanted}")
+        rows.append({
+            "case": "alone", "size": options.size, "dtype": options.dtype, "device": options.device,
+            "requests": 1, "batch": 1, "contender": "bark_fast", "audio_seconds": one.audio_seconds,
+            "unit": one.unit, **spread, "speedup": "", "target": one.at_most or "", "met": met,
+        })  # fmt: skip
+    return rows
+
+
+def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of the contenders, one after the other in each repeat."""
+    bark = Bark.from_pretrained(folder, device=options.device, dtype=options.dtype, max_batch=case.batch)
+    runs = {"bark_fast": partial(speak_ours, bark)}
+    if case.beside_hf:
+        runs["transformers"] = partial(speak_hf, HFPeer(folder, options.device, getattr(torch, options.dtype)))
+    short = replace(case, seconds=[0.3] * min(len(case.seconds), case.batch))
+    for run in runs.values():
+        run(short)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     seconds = {}
     for _ in range(options.repeats):
         for name, run in runs.items():
-            spent, seconds[name] = run()
+            spent, seconds[name] = run(case)
             rates[name].append(seconds[name] / spent)
             print(f"{case.name}: {name} {seconds[name]:.1f} s of audio in {spent:.1f} s", flush=True)
-    speedup = float(np.median(rates["bark_fast"])) / float(np.median(rates["transformers"]))
-    met = speedup >= case.target
-    print(f"{case.name}: {speedup:.2f}x Hugging Face, wanted {case.target}x: {'met' if met else 'NOT MET'}")
+    medians = {name: float(np.median(values)) for name, values in rates.items()}
+    speedup = medians["bark_fast"] / medians["transformers"] if case.beside_hf else ""
+    reached = speedup or medians["bark_fast"]
+    met = reached >= case.target
+    measured = "x Hugging Face" if case.beside_hf else " s of audio per second"
+    print(f"{case.name}: {reached:.2f}{measured}, wanted {case.target}: {'met' if met else 'NOT MET'}")
     return [
         {
             "case": case.name, "size": options.size, "dtype": options.dtype, "device": options.device,
-            "requests": len(case.seconds), "batch": options.max_batch if name == "bark_fast" else HF_BATCH,
+            "requests": len(case.seconds), "batch": case.batch if name == "bark_fast" else HF_BATCH,
             "contender": name, "audio_seconds": seconds[name], "unit": "audio s per s", **quantiles(values),
             "speedup": speedup if name == "bark_fast" else 1.0, "target": case.target, "met": met,
         }

