@@ -106,7 +106,7 @@ def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.cons
     key, index: (ROWS, N). top: the highest value, of weight 1. lo, number: all keys above lo are here, and so
     many. top_k: 0 for none. top_p: as in `RuleFloat`, negative for none. mass: weight of the whole row, what
     suno's top_p is a share of. dropped: weight of the keys up to lo, which Hugging Face's top_p counts first; 0
-    for suno.
+    for suno, and where there is a top_k, whose loss counts nowhere.
     """
     highest = tl.max(key, axis=1)
     first = lo * 0
@@ -119,7 +119,6 @@ def cut(key, index, top, lo, number, top_k, top_p, mass, dropped, hf, T: tl.cons
     by_p = top_p >= 0
     if any_row(by_p):
         key = tl.where(key > lo[:, None], key, LOWEST_KEY)
-        dropped = tl.where(by_k, 0.0, dropped)
         target = top_p * tl.where(hf, tl.sum(weights(key, top), axis=1) + dropped, mass) - dropped
         hi = tl.where(by_p, tl.maximum(highest, lo + 1), lo + 1)
         lo, number = search(key, top, lo, hi, number, target, by_p, hf & by_p, 0.0, True, T)

@@ -21,6 +21,7 @@ from bark_fast.sampling import SamplingRule
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("bark_fast.kernels.sampling")
+tl = triton.language
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH = 13
@@ -30,12 +31,13 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.3},
     {"temperature": 0.0},
     {"temperature": 0.0, "min_eos_p": 0.02},
+    {"temperature": 0.0, "top_p": 0.3},
     *({"top_k": k} for k in (1, 2, 3, WIDTH - 1, WIDTH, WIDTH + 1)),
     *({"top_p": p} for p in (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0)),
     {"top_k": 5, "top_p": 0.7, "temperature": 0.8},
     {"top_k": 8, "top_p": 0.3, "temperature": 1.7},
     {"min_eos_p": 0.01},
-    {"min_eos_p": 0.03, "top_k": 9, "top_p": 0.95, "temperature": 1.5},
+    {"min_eos_p": 0.1, "top_k": 9, "top_p": 0.95, "temperature": 1.5},
 ]
 
 
@@ -151,6 +153,62 @@ def test_rows_narrowed_to_a_chunk_equal_the_reference(dialect: str, values: dict
     got = draw(x, q, pack_rules([rule]).expand(64), rows_a_program=16, chunk=16, scratch=scratch)
     assert (scratch[:, 0] != -7).float().mean() >= 0.5
     assert_same(got, x, q, rule)
+
+
+def test_a_row_that_keeps_everything_beside_narrow_ones() -> None:
+    """It does not fit into a chunk, so no row of its program may be gathered."""
+    width = 61
+    x, q = torch.randn(16, width, generator=torch.Generator().manual_seed(2)) * 4, noise_of(16, width)
+    rules = [rule_of("hf", width, **({"top_k": 3} if row % 4 else {})) for row in range(16)]
+    got = draw(x, q, pack_rules(rules), rows_a_program=4, chunk=16)
+    for row, rule in enumerate(rules):
+        assert_same(got[row, None], x[row, None], q[row, None], rule)
+
+
+@pytest.mark.parametrize("tied", range(1, 6))
+def test_ties_that_fill_a_chunk_or_spill_over(tied: int) -> None:
+    """15 are ahead, and with the 16th all that equal it stay: the last of them is drawn."""
+    x = torch.full((1, 61), -1.0)
+    x[0, :15], x[0, 40 : 40 + tied] = torch.linspace(2, 1, 15), 0.5
+    q = torch.ones(1, 61)
+    q[0, 39 + tied] = 1e-3
+    rule = rule_of("hf", 61, top_k=16)
+    got = draw(x, q, pack_rules([rule]), chunk=16)
+    assert got.item() == 39 + tied
+    assert_same(got, x, q, rule)
+
+
+@pytest.mark.parametrize("values", [{}, {"top_k": 7}, {"top_p": 0.99}], ids=str)
+def test_philox_noise_of_rows_wider_than_a_chunk(values: dict[str, Any]) -> None:
+    """Column by column the noise of the reference, with candidates gathered, and with whole rows."""
+    width, rule = 61, rule_of("suno", 61, **values)
+    x = torch.randn(32, width, generator=torch.Generator().manual_seed(5))
+    places = torch.tensor([place_row(SEED, step, 1, 2) for step in range(32)])
+    q = PhiloxNoise(SEED, x.device).codes(2, 1, 0, 32, width)
+    got = draw(x, None, pack_rules([rule]).expand(32), places, rows_a_program=8, chunk=16)
+    assert_same(got, x, q, rule)
+    assert len(set((got // 16).tolist())) > 2
+
+
+@triton.jit
+def _divide_kernel(x, divisor, out, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    by = tl.load(divisor + at)
+    tl.store(out + at, kernels._divide(tl.load(x + at), by, 1.0 / by))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_quotients_are_those_of_ieee_division(device: str) -> None:
+    """To the bit, as torch's are: otherwise logits that tie in one of them do not in the other."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=generator) * 10 ** torch.randint(-6, 7, (4096,), generator=generator)
+    x[:4] = torch.tensor([0.0, -torch.inf, 3.4e38, 1e-30])
+    divisor = torch.rand(4096, generator=generator) * 3 + 1e-3
+    x, divisor = x.to(device), divisor.to(device)
+    out = torch.empty_like(x)
+    _divide_kernel[(1,)](x, divisor, out, COUNT=4096)
+    assert (x * (1 / divisor) != x / divisor).float().mean() > 0.1
+    assert torch.equal(out, x / divisor)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -335,6 +393,9 @@ def test_rows_of_different_rules_steps_and_seeds_share_a_launch() -> None:
         # logits that start at row 2 of the head, strided: the semantic window is not within
         expected[[1, 4]] = INVALID_TOKEN
         assert torch.equal(ops.sample_rows(logits[:, 2:], rows, places, logits_low=2), expected)
+        # and logits that end at row 40: the second coarse window does not
+        short = ops.sample_rows(logits[:, :40], rows, places)
+        assert (short == INVALID_TOKEN).tolist() == [False, False, True, False, False, True]
 
 
 def test_a_row_draws_the_same_token_at_any_place_of_any_batch() -> None:
