@@ -15,8 +15,8 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def pick_device(device: str | torch.device) -> torch.device:
-    """The device to run on. "auto" is a CUDA GPU when there is one, else the CPU."""
+def pick_device(device: str | int | torch.device) -> torch.device:
+    """The device to run on. "auto" is a CUDA GPU when there is one, else the CPU; a number counts GPUs."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def load_models(
     source: str | Path,
     device: torch.device,
     dtype: torch.dtype,
-    devices: Mapping[str, str | torch.device] | None,
+    devices: Mapping[str, str | int | torch.device] | None,
     offload: bool,
     progress: bool,
 ) -> Checkpoint:
@@ -78,7 +79,9 @@ def make_runner(
         semantic, coarse = GPT(config.semantic), GPT(config.coarse)
         fine, codec = FineGPT(config.fine), Codec(config.codec)
     room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
-    runner = runner_kind(device)(
+    decoding = [weight.device for name in ("semantic", "coarse") for weight in weights[name].values()]
+    fastest = next((place for place in decoding if place.type == "cuda"), device)
+    runner = runner_kind(device if offload else fastest)(
         _filled(semantic, weights["semantic"]),
         _filled(coarse, weights["coarse"]),
         _filled(fine, weights["fine"]),
@@ -93,9 +96,18 @@ def make_runner(
 
 
 def runner_kind(device: torch.device) -> type[EagerRunner]:
-    """The runner for models on `device`."""
-    # without Triton a step of sampling needs the host, and a burst would gain nothing
-    return GraphRunner if device.type == "cuda" and has_triton() and preferred() != "torch" else EagerRunner
+    """The runner for models that decode on `device`. Says so where a GPU gets the slow one."""
+    if device.type != "cuda" or preferred() == "torch":
+        return EagerRunner
+    if not has_triton():  # a step of sampling then needs the host, and a burst would gain nothing
+        warnings.warn(
+            "triton is not installed, so steps are launched one operation at a time on this GPU, without CUDA "
+            "graphs, which is slower; install triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return EagerRunner
+    return GraphRunner
 
 
 def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:

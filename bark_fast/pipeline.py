@@ -92,7 +92,7 @@ class Bark:
         dialect: Dialect | None = None,
         max_batch: int = 16,
         max_memory: int | None = None,
-        devices: Mapping[str, str | torch.device] | None = None,
+        devices: Mapping[str, str | int | torch.device] | None = None,
         offload: bool = False,
         replicas: int | Sequence[str | torch.device] | None = None,
         progress: bool = False,

@@ -45,11 +45,13 @@ class Shape:
 class Row:
     """A sequence as a burst begins: tokens cached, index of its next draw, tokens it may still draw.
 
-    reserved: tokens beyond the cached ones that its pages have room for.
+    lease: the sequence's, as the burst begins. reserved: tokens beyond the cached ones that its pages have room
+    for.
     """
 
     sequence: Sequence
     work: object
+    lease: int
     cached: int
     step: int
     left: int
@@ -65,6 +67,11 @@ class Row:
             left=self.left - took,
             reserved=self.reserved - took,
         )
+
+    def is_up_to_date(self, unread: int = 0) -> bool:
+        """Whether the sequence is where the burst began, once it takes so many tokens that were read."""
+        one = self.sequence
+        return self.lease == one.lease and self.work is one.work and self.cached == len(one.cached) + unread
 
     def wants(self, steps: int) -> int:
         """Tokens to make room for: those of so many steps, and the next, whose place the last step looks up."""
@@ -116,4 +123,6 @@ def row_of(sequence: Sequence, tokens: list[int]) -> Row:
     work = sequence.work
     ended = bool(tokens) and tokens[-1] in (INVALID_TOKEN, work.rule.eos_token)
     left = 0 if ended else work.max_new_tokens - len(sequence.drawn) - len(tokens)
-    return Row(sequence, work, len(sequence.cached) + len(tokens), sequence.step + len(tokens), left)
+    return Row(
+        sequence, work, sequence.lease, len(sequence.cached) + len(tokens), sequence.step + len(tokens), left
+    )

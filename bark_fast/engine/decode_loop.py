@@ -8,6 +8,7 @@ from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,21 +29,27 @@ ONE_CAPTURE = Lock()
 """torch captures one graph at a time in a process; replicas have threads of their own."""
 
 
+GraphMemory = Any
+"""What torch calls a graph pool: memory that graphs which never run at the same time share."""
+
+
 class DecodeLoop:
     """Carries sequences of one model forward, `BURST` steps at a time, without the host in between.
 
     The next burst is launched before the last one is read, as long as the same sequences go on; what it draws
-    for one that ended meanwhile, or lost its pages, is dropped. Where `capture` is False, or on a CPU, or CUDA
-    cannot capture, the same steps run operation by operation. The caller makes the model's GPU the current one.
+    for one that ended meanwhile, or lost its pages, is dropped. Without `memory` for graphs, or where CUDA
+    cannot capture, the same steps run operation by operation. The caller makes the model's GPU the current one,
+    and the same stream at each call.
 
     given: the sequences' noise is that of torch generators, drawn by the host for a burst beforehand; otherwise
     it is computed in the step (`PhiloxNoise`), or not needed.
     """
 
-    def __init__(self, model: str, gpt: GPT, pool: KVPool, capture: bool, given: bool = False) -> None:
-        self.model, self.gpt, self.pool, self.given = model, gpt, pool, given
-        self.capture = capture and pool.device.type == "cuda"
-        self.memory = torch.cuda.graph_pool_handle() if self.capture else None
+    def __init__(
+        self, model: str, gpt: GPT, pool: KVPool, memory: GraphMemory | None, given: bool = False
+    ) -> None:
+        self.model, self.gpt, self.pool, self.given, self.memory = model, gpt, pool, given, memory
+        self.capture = memory is not None
         self.side: torch.cuda.Stream | None = None
         if self.capture:  # on a stream of this device: torch's own for captures is on one device, the first
             self.side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
@@ -66,13 +73,12 @@ class DecodeLoop:
         None where there is no page for the token after next: a burst wants room for it, a plain step does not.
         """
         got: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
-        burst = self.burst
+        burst, self.burst = self.burst, None  # gone for good if anything fails
         if burst is not None and not self._carries(burst, sequences):
             self._read(burst, got)
             burst = None
         if burst is None:
             burst = self._begin([row_of(sequence, got[sequence]) for sequence in sequences], got)
-        self.burst = None
         if burst is not None:
             self.burst = self._follow(burst)
             self._read(burst, got)
@@ -82,7 +88,7 @@ class DecodeLoop:
     def _carries(burst: Burst, sequences: Items[Sequence]) -> bool:
         """Whether the burst is of these sequences, as they are now."""
         return [row.sequence for row in burst.rows] == list(sequences) and all(
-            row.work is row.sequence.work and row.cached == len(row.sequence.cached) for row in burst.rows
+            row.is_up_to_date() for row in burst.rows
         )
 
     def _begin(self, rows: list[Row], got: dict[Sequence, list[int]]) -> Burst | None:
@@ -174,17 +180,12 @@ class DecodeLoop:
             burst.event.synchronize()
         for row, drawn in zip(burst.rows, burst.drawn.tolist(), strict=False):
             tokens = got.get(row.sequence)
-            if tokens is None or row.work is not row.sequence.work:
+            if tokens is None or not row.is_up_to_date(len(tokens)):
                 continue
-            if row.cached != len(row.sequence.cached) + len(tokens):
-                continue
-            before = len(tokens)
             for step in range(row.step, row.step + min(burst.steps, row.left)):
                 tokens.append(drawn[step % BURST])
                 if tokens[-1] in (INVALID_TOKEN, row.sequence.work.rule.eos_token):
                     break
-            if isinstance(row.sequence.noise, DrawnAhead):
-                row.sequence.noise.used(row.step + len(tokens) - before - 1)
 
     def _buffers(self) -> Buffers:
         assert self.shape is not None

@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from functools import cached_property
 
+import torch
+
 from bark_fast.engine.burst import Capture
-from bark_fast.engine.decode_loop import DecodeLoop
+from bark_fast.engine.decode_loop import DecodeLoop, GraphMemory
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.sequence import Sequence
+from bark_fast.ops.dispatch import preferred
 
 
 class GraphRunner(EagerRunner):
     """Decodes in bursts over fixed buffers, captured as CUDA graphs on a GPU.
 
     Sequences whose noise comes from torch generators have a loop of their own. Nothing is captured on a CPU,
-    nor with offloading; the steps are the same.
+    nor with offloading; the steps are the same. Of models on different devices only those on GPUs burst.
     """
 
     @cached_property
     def loops(self) -> dict[str, tuple[DecodeLoop, DecodeLoop]]:
         """Of each model that decodes. A graph knows weights by address, which offloading changes."""
-        capture = self.offloader is None
+        memory: dict[torch.device, GraphMemory] = {}  # one for all graphs of a device
+        if self.offloader is None:
+            gpus = {pool.device for pool in self.pools.values() if pool.device.type == "cuda"}
+            memory = {device: torch.cuda.graph_pool_handle() for device in gpus}
         return {
             name: (
-                DecodeLoop(name, gpt, self.pools[name], capture, given=False),
-                DecodeLoop(name, gpt, self.pools[name], capture, given=True),
+                DecodeLoop(name, gpt, pool, memory.get(pool.device), given=False),
+                DecodeLoop(name, gpt, pool, memory.get(pool.device), given=True),
             )
-            for name, gpt in self.models.items()
+            for (name, gpt), pool in zip(self.models.items(), self.pools.values(), strict=True)
+            if not memory or pool.device in memory
         }
 
     @property
@@ -35,12 +42,20 @@ class GraphRunner(EagerRunner):
         """The graphs captured so far, with the seconds and bytes they took."""
         return [capture for loops in self.loops.values() for loop in loops for capture in loop.captures]
 
+    def fits(self, model: str, sequences: Items[Sequence], rows: Items[int]) -> bool:
+        wanted = [max(0, count - one.room) for one, count in zip(sequences, rows, strict=True)]
+        return super().fits(model, sequences, wanted)
+
     def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
-        groups = [(loop, [one for one in sequences if loop.takes(one)]) for loop in self.loops[model]]
+        # a captured graph is of Triton's kernels
+        loops = () if preferred() == "torch" else self.loops.get(model, ())
+        groups = [(loop, [one for one in sequences if loop.takes(one)]) for loop in loops]
         looping = {sequence for _, group in groups for sequence in group}
         others = [sequence for sequence in sequences if sequence not in looping]
         drawn: dict[Sequence, list[int]] = {}
         if others:
+            for one in others:
+                one.give_room_back()  # a plain step writes right behind what is cached
             drawn.update(zip(others, super()._step(model, others), strict=True))
         for loop, group in groups:
             if group:

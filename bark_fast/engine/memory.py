@@ -59,6 +59,7 @@ class Offloader:
             return
         if self.resident is not None:
             self._put(self.resident, self._host[self.resident])
+            self.resident = None  # also if there is no room for the next one
         moved: dict[int, Tensor] = {}  # by address: tied weights stay tied
         with torch.inference_mode(False):  # a parameter cannot hold an inference tensor
             for tensor in self._host[name]:

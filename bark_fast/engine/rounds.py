@@ -70,14 +70,10 @@ class Rounds(Generic[T]):
         def meant(one: Active[T]) -> bool:
             return one.owner is owner and index in (None, one.index)
 
-        parties = list(self.waiting)
-        self.waiting.clear()
-        for party in parties:
-            for one in filter(meant, party):
-                one.stage.close()
-            left = [one for one in party if not meant(one)]
-            if left:
-                self.waiting.append(left)
+        for one in (one for party in list(self.waiting) for one in party if meant(one)):
+            one.stage.close()
+        left = ([one for one in party if not meant(one)] for party in self.waiting)
+        self.waiting = deque(party for party in left if party)
         for one in list(filter(meant, self.active)):
             self.active.remove(one)
             self._close(one)
@@ -124,7 +120,8 @@ class Rounds(Generic[T]):
             free = self.limits.utterances - under_way
             if self.active and len(self.waiting[0]) > free:
                 break
-            self.active += self.waiting.popleft()
+            self.active += [one for one in self.waiting[0] if one not in self.active]
+            self.waiting.popleft()  # after it: an interrupt may come at any time
             for one in [one for one in self.active if one.work is None]:
                 self._advance(one)
 

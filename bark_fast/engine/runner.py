@@ -103,6 +103,7 @@ class EagerRunner:
         configs = {name: gpt.config for name, gpt in self.models.items()}
         for name, pages in cache_pages(configs, self.dtype, max_sequences, cache_bytes).items():
             self.pools[name] = KVPool(configs[name], self.devices[name], self.dtype, pages)
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self.offloader: Offloader | None = None
         if offload_to is not None:
             self.offloader = Offloader(modules, offload_to)
@@ -221,11 +222,29 @@ class EagerRunner:
     @contextmanager
     def _running(self, model: str) -> Iterator[None]:
         """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile."""
-        if self.offloader is not None:
-            self.offloader.bring(model)
         device = self.devices[model]
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with self._own_stream(device) if device.type == "cuda" else nullcontext():
+            if self.offloader is not None:
+                self.offloader.bring(model)
             yield
+
+    @contextmanager
+    def _own_stream(self, device: torch.device) -> Iterator[None]:
+        """A stream of this runner's, so that work keeps its order whichever thread asks for the next piece.
+
+        It begins after what is under way on the caller's stream; and what the caller does next on the device,
+        such as to use freed memory again, begins after it.
+        """
+        with torch.cuda.device(device):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream, callers = self._streams[device], torch.cuda.current_stream()
+            stream.wait_stream(callers)
+            try:
+                with torch.cuda.stream(stream):
+                    yield
+            finally:
+                callers.wait_stream(stream)
 
 
 def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:

@@ -82,17 +82,21 @@ class Scheduler(Generic[T]):
 
     def _drop(self, session: Session[T], index: int | None = None) -> None:
         """End a session's utterances, or one, and give back what they hold, before this returns."""
+        leaving = (session, index)
         with self._turn:
-            self._leaving.append((session, index))
-            while self._leader is not None:
-                if self._leader == get_ident():  # a forgotten iterator, collected in the midst of a round
+            self._leaving.append(leaving)
+            while leaving in self._leaving:
+                if self._leader is None:
+                    self._let_go()
+                elif self._leader == get_ident():  # a forgotten iterator, collected in the midst of a round
                     return
-                self._turn.wait()
-            self._let_go()
+                else:  # the one at work lets go of everybody who leaves before it begins another round
+                    self._turn.wait()
 
     def _let_go(self) -> None:
         while self._leaving:
-            self.rounds.drop(*self._leaving.popleft())
+            self.rounds.drop(*self._leaving[0])
+            self._leaving.popleft()  # after it: an interrupt may come at any time, and twice does no harm
 
 
 class Session(Generic[T]):

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
+from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import KVPool
 from bark_fast.errors import GenerationError
 from bark_fast.ops.embedding import NO_TOKEN
@@ -21,7 +22,8 @@ class Sequence:
 
     cached: tokens whose keys and values the pages hold. pending: tokens to be fed before the next draw. feed:
     those of them that the next step feeds, as the scheduler granted. drawn, steps: tokens of this `Decode`, and
-    draws, EOS included. admitted: the scheduler has given it pages.
+    draws, EOS included. admitted: the scheduler has given it pages. lease: another number whenever the pages
+    are no longer those that a runner ahead of the sequence knows.
     """
 
     def __init__(self, pool: KVPool, noise: NoiseSource, stream: int) -> None:
@@ -32,7 +34,7 @@ class Sequence:
         self.feed: list[int] = []
         self.drawn: list[int] = []
         self.merged: IntArray | None = None
-        self.steps = 0
+        self.steps = self.lease = 0
         self.done = self.admitted = False
 
     def begin(self, work: Decode) -> None:
@@ -47,6 +49,7 @@ class Sequence:
         keep = self._shared_with(prompt, work.merged)
         self.pool.pool.truncate(self.handle, keep)
         self.cached, self.pending, self.feed = prompt[:keep], prompt[keep:], []
+        self.lease += 1
         self.work, self.merged = work, work.merged
         self.drawn, self.steps = [], 0
         self.done = work.max_new_tokens == 0
@@ -69,6 +72,7 @@ class Sequence:
         forked = self.pool.pool.fork(other.handle, keep)
         self.pool.pool.free(self.handle)
         self.handle, self.cached, self.pending = forked, prompt[:keep], prompt[keep:]
+        self.lease += 1
         return True
 
     def repeats(self, other: Sequence) -> bool:
@@ -85,6 +89,7 @@ class Sequence:
     def forget(self) -> None:
         """Give the pages back. What they held will be fed again: the prompt, and all drawn since."""
         self.pool.pool.truncate(self.handle, 0)
+        self.lease += 1
         self.cached, self.pending, self.feed = [], self.cached + self.pending, []
         self.admitted = False
 
@@ -96,6 +101,15 @@ class Sequence:
     def draws(self) -> bool:
         """Whether the next step feeds all that is pending, and so draws a token."""
         return len(self.feed) == len(self.pending)
+
+    @property
+    def room(self) -> int:
+        """Tokens beyond those cached that its pages already have room for: a runner ahead asked for it."""
+        return self.pool.pool.length(self.handle) - len(self.cached)
+
+    def give_room_back(self) -> None:
+        """Hold pages for the tokens cached only."""
+        self.pool.pool.truncate(self.handle, len(self.cached))
 
     @property
     def step(self) -> int:
@@ -113,22 +127,26 @@ class Sequence:
         self.pending = self.pending[len(self.feed) :]
         self.feed = []
         for token in tokens:
-            if token == INVALID_TOKEN:
-                raise GenerationError(
-                    f"{self.work.model} produced logits that are NaN or infinite at step {self.step}; "
-                    f"check the checkpoint, or use dtype float32 or bfloat16"
-                )
-            self.cached += self.pending
-            self.pending = []
-            self.steps += 1
-            if token == self.work.rule.eos_token:
-                self.done = True
-                return
+            self._take(token)
+            if self.done:
+                break
+        if tokens and isinstance(self.noise, DrawnAhead):
+            self.noise.used(self.step - 1)
+
+    def _take(self, token: int) -> None:
+        if token == INVALID_TOKEN:
+            raise GenerationError(
+                f"{self.work.model} produced logits that are NaN or infinite at step {self.step}; "
+                f"check the checkpoint, or use dtype float32 or bfloat16"
+            )
+        self.cached += self.pending
+        self.pending = []
+        self.steps += 1
+        self.done = token == self.work.rule.eos_token
+        if not self.done:
             self.drawn.append(token)
             self.pending = [token]
             self.done = len(self.drawn) >= self.work.max_new_tokens
-            if self.done:
-                return
 
     def result(self) -> Decoded:
         """What was drawn, EOS left out."""
