@@ -81,6 +81,13 @@ def test_matmul(device: str, dtype: torch.dtype, rows: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_more_blocks_of_rows_than_share_a_walk(device: str) -> None:
+    """Groups of eight blocks go through all lines together; the last group is of two."""
+    c = case(9 * 16 + 5, 70, 64, torch.float32, device)
+    assert_close(run(c, matmul.Tile(16, 32, 32, 1, 4, 3)), c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 17, 65])
 def test_cublas_between_kernels(device: str, dtype: torch.dtype, rows: int) -> None:

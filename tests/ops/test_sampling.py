@@ -155,6 +155,17 @@ def test_rows_narrowed_to_a_chunk_equal_the_reference(dialect: str, values: dict
     assert_same(got, x, q, rule)
 
 
+@pytest.mark.parametrize(("dialect", "first"), [("suno", 7), ("hf", 3)])
+def test_log_probabilities_that_round_to_the_same_tie(dialect: str, first: int) -> None:
+    """Hugging Face's greedy search looks at them, suno's at the logits."""
+    x = torch.zeros(1, WIDTH)
+    x[0, 7] = 0.25
+    x[0, 3] = torch.nextafter(x[0, 7], torch.tensor(0.0))
+    rule = rule_of(dialect, temperature=0.0)
+    assert reference(x, None, rule).item() == first
+    assert draw(x, None, pack_rules([rule])).item() == first
+
+
 def test_a_row_that_keeps_everything_beside_narrow_ones() -> None:
     """It does not fit into a chunk, so no row of its program may be gathered."""
     width = 61
