@@ -1,0 +1,235 @@
+"""Bursts where something goes wrong: full pools, failed steps, lost pages, captures that CUDA refuses."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bark_fast import loading
+from bark_fast.engine import burst, decode_loop
+from bark_fast.engine.decode_loop import DecodeLoop
+from bark_fast.engine.graph_runner import GraphRunner
+from bark_fast.engine.held_noise import HeldNoise
+from bark_fast.engine.kv_pool import PAGE_SIZE
+from bark_fast.engine.runner import EagerRunner
+from bark_fast.engine.scheduler import Scheduler, Session, Utterance
+from bark_fast.ops.dispatch import prefer
+from bark_fast.ops.noise import NoiseSource, PhiloxNoise, TorchNoise
+from bark_fast.pipeline import Bark
+from bark_fast.sampling import SamplingRule
+from bark_fast.work import Decode, Stage
+
+RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.7)
+SEMANTIC = SamplingRule("suno", ((0, 10_001),), 10_048, temperature=0.7)
+CPU = torch.device("cpu")
+
+
+def runner_of(kind: type[EagerRunner], bark: Bark, sequences: int = 4) -> Any:
+    """A runner over `bark`'s models whose pages hold NaN until they are written."""
+    old = bark.runner
+    runner = kind(
+        old.models["semantic"], old.models["coarse"], old.fine_model, old.codec, max_sequences=sequences
+    )
+    for pool in runner.pools.values():
+        for pages in (*pool.keys, *pool.values):
+            pages.fill_(torch.nan)
+    return runner
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    """Coarse tokens."""
+    return np.random.default_rng(seed).integers(10_000, 12_000, length)
+
+
+def stage(tokens: np.ndarray, count: int, rule: SamplingRule = RULE, model: str = "coarse") -> Stage[list[int]]:
+    """`count` tokens after a prompt."""
+    return (yield Decode(model, tokens, rule, count)).tokens.tolist()
+
+
+def torch_noise(seed: int) -> TorchNoise:
+    """Draws of a generator, in suno's order."""
+    return TorchNoise(torch.Generator().manual_seed(seed), CPU, "suno")
+
+
+def alone(bark: Bark, tokens: np.ndarray, count: int, noise: NoiseSource) -> list[int]:
+    """What the eager runner draws when nothing else is under way."""
+    (outcome,) = Scheduler(runner_of(EagerRunner, bark)).run([Utterance(stage(tokens, count), noise)])
+    assert outcome.error is None
+    return outcome.result
+
+
+def test_the_longest_utterance_fits_into_the_pages_of_one(suno_bark: Bark) -> None:
+    """To its last token, though a burst asks for room for one more than it draws."""
+    got = []
+    for kind in (EagerRunner, GraphRunner):
+        runner = runner_of(kind, suno_bark, sequences=1)
+        work = stage(np.arange(257), 768, SEMANTIC, "semantic")
+        (outcome,) = Scheduler(runner, max_batch=1).run([Utterance(work, PhiloxNoise(0, CPU))])
+        assert outcome.error is None
+        got.append(outcome.result)
+    assert got[0] == got[1]
+    assert len(got[0]) == 768
+
+
+@pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")
+def test_a_burst_does_not_outlive_the_pages_it_was_launched_for(suno_bark: Bark) -> None:
+    """A neighbour's prompt fails when one that draws has 512 tokens and one to feed: its 512 are fed again, and
+    then it looks as it did when its burst was launched."""
+    expected = alone(suno_bark, prompt(492), 60, PhiloxNoise(7, CPU))
+    struck: list[bool] = []
+
+    class Failing(GraphRunner):
+        def _step(self, model: str, sequences: Any) -> list[list[int]]:
+            if not struck and any(len(one.feed) > 1 and one.noise is newcomer for one in sequences):
+                struck.append(True)
+                raise RuntimeError("out of memory")
+            return super()._step(model, sequences)
+
+    runner = runner_of(Failing, suno_bark)
+    newcomer = PhiloxNoise(8, CPU)
+    got = {}
+    with Session(scheduler := Scheduler(runner)) as session:
+        session.add([(0, Utterance(stage(prompt(492), 60), PhiloxNoise(7, CPU)))])
+        added = False
+        while session.pending:
+            active = scheduler.rounds.active
+            if not added and active and active[0].sequence and len(active[0].sequence.cached) == 512:
+                session.add([(1, Utterance(stage(prompt(40, 1), 5), newcomer))])
+                added = True
+            got.update((outcome.index, outcome) for outcome in session.wait())
+    assert struck
+    assert got[1].error is None
+    assert got[0].error is None
+    assert got[0].result == expected
+
+
+@pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")
+@pytest.mark.parametrize("method", ["_begin", "_follow", "_launch", "_read"])
+def test_noise_of_a_generator_survives_a_step_that_fails(suno_bark: Bark, monkeypatch, method: str) -> None:
+    """Whatever was read before: those who go on draw from where they stood."""
+    original, calls = getattr(DecodeLoop, method), []
+
+    def failing(loop: DecodeLoop, *arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+        return original(loop, *arguments)
+
+    counts = (120, 65, 93)
+    expected = [alone(suno_bark, prompt(30, i), n, torch_noise(i)) for i, n in enumerate(counts)]
+    if method == "_begin":  # as if the batch changed in each round
+        monkeypatch.setattr(DecodeLoop, "_carries", staticmethod(lambda burst, sequences: False))
+    monkeypatch.setattr(DecodeLoop, method, failing)
+    jobs = [Utterance(stage(prompt(30, i), n), torch_noise(i)) for i, n in enumerate(counts)]
+    got = {outcome.index: outcome for outcome in Scheduler(runner_of(GraphRunner, suno_bark)).run(jobs)}
+    assert len(calls) > 4
+    assert [(got[i].error, got[i].result) for i in range(3)] == [(None, one) for one in expected]
+
+
+def test_a_failed_burst_leaves_none_behind(suno_bark: Bark, monkeypatch) -> None:
+    runner = runner_of(GraphRunner, suno_bark)
+    running = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
+    monkeypatch.setattr(DecodeLoop, "_follow", lambda loop, one: 1 / 0)
+    (outcome,) = running
+    assert isinstance(outcome.error, ZeroDivisionError)
+    assert runner.loops["coarse"][0].burst is None
+
+
+def test_room_is_what_a_burst_reserved_beyond_the_tokens_cached(suno_bark: Bark) -> None:
+    runner = runner_of(GraphRunner, suno_bark)
+    sequence = runner.open("coarse", PhiloxNoise(0, CPU))
+    sequence.begin(Decode("coarse", prompt(PAGE_SIZE), RULE, 40))
+    sequence.grant(PAGE_SIZE)
+    sequence.take(runner.step("coarse", [sequence])[0])
+    assert sequence.room == 0
+    sequence.grant(1)
+    sequence.take(runner.step("coarse", [sequence])[0])
+    assert len(sequence.cached) == PAGE_SIZE + burst.BURST
+    # the burst after it is under way: its steps, and the look-up of the last one's next place
+    assert sequence.room == burst.BURST + 1
+    free = runner.pools["coarse"].pool.stats().pages_free
+    hostage = runner.pools["coarse"].pool.create()
+    runner.pools["coarse"].pool.extend(hostage, free * PAGE_SIZE)
+    assert runner.fits("coarse", [sequence], [burst.BURST + 1])
+    assert not runner.fits("coarse", [sequence], [burst.BURST + 1 + PAGE_SIZE])
+
+
+def test_prefer_torch_is_heard_at_each_step(suno_bark: Bark, monkeypatch) -> None:
+    """And a sequence goes over from bursts to steps and back without a trace."""
+    expected = alone(suno_bark, prompt(30), 60, PhiloxNoise(1, CPU))
+    runs = []
+    original = DecodeLoop.run
+    monkeypatch.setattr(DecodeLoop, "run", lambda loop, some: runs.append(1) or original(loop, some))
+    got = []
+    with Session(Scheduler(runner_of(GraphRunner, suno_bark))) as session:
+        session.add([(0, Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU)))])
+        rounds = 0
+        while session.pending:
+            with prefer("torch") if rounds % 5 in (0, 3, 4) else nullcontext():
+                before = len(runs)
+                got += session.wait()
+                assert len(runs) == before or rounds % 5 in (1, 2)
+            rounds += 1
+    assert len(runs) > 2
+    assert got[0].error is None
+    assert got[0].result == expected
+
+
+def test_a_capture_that_fails_is_told_once_and_costs_no_token(suno_bark: Bark, monkeypatch) -> None:
+    expected = alone(suno_bark, prompt(30), 60, PhiloxNoise(1, CPU))
+    runner = runner_of(GraphRunner, suno_bark)
+    loop = runner.loops["coarse"][0]
+    loop.capture = True
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(DecodeLoop, "_warm_up", lambda loop: None)
+    monkeypatch.setattr(decode_loop.torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(decode_loop.torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(decode_loop.torch.cuda, "graph", refuse)
+    with pytest.warns(RuntimeWarning, match="could not capture a decode step of coarse .operation not") as told:
+        (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
+    assert len([one for one in told if "capture" in str(one.message)]) == 1
+    assert outcome.result == expected
+    assert not loop.capture
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(loading, "has_triton", lambda: False)
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert loading.runner_kind(gpu) is EagerRunner
+    monkeypatch.setattr(loading, "has_triton", lambda: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loading.runner_kind(gpu) is GraphRunner
+        assert loading.runner_kind(CPU) is EagerRunner
+        with prefer("torch"):
+            assert loading.runner_kind(gpu) is EagerRunner
+
+
+def test_draws_ahead_are_settled_by_what_was_taken(suno_bark: Bark) -> None:
+    """Not by what was read: a step that fails in between takes nothing."""
+    noise = HeldNoise(torch_noise(3))
+    runner = runner_of(GraphRunner, suno_bark)
+    sequence = runner.open("coarse", noise)
+    sequence.begin(Decode("coarse", prompt(PAGE_SIZE), RULE, 40))
+    for rows in (PAGE_SIZE, 1):
+        sequence.grant(rows)
+        drawn = runner.step("coarse", [sequence])[0]
+        if rows == 1:
+            held = [noise.ahead(RULE, 0, sequence.stream, step).clone() for step in range(1, 1 + burst.BURST)]
+            again = [noise.ahead(RULE, 0, sequence.stream, step) for step in range(1, 1 + burst.BURST)]
+            assert all(map(torch.equal, held, again))
+        sequence.take(drawn)
+    noise.settle()
+    plain = torch_noise(3)
+    for step in range(2 + burst.BURST):
+        expected = plain.token(RULE, 0, sequence.stream, step)
+    assert torch.equal(noise.token(RULE, 0, sequence.stream, 1 + burst.BURST), expected)
