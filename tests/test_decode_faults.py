@@ -133,9 +133,14 @@ def test_noise_of_a_generator_survives_a_step_that_fails(suno_bark: Bark, monkey
 
 def test_a_failed_burst_leaves_none_behind(suno_bark: Bark, monkeypatch) -> None:
     runner = runner_of(GraphRunner, suno_bark)
-    running = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
-    monkeypatch.setattr(DecodeLoop, "_follow", lambda loop, one: 1 / 0)
-    (outcome,) = running
+    follow, calls = DecodeLoop._follow, []
+
+    def second_fails(loop: DecodeLoop, before: burst.Burst) -> burst.Burst | None:
+        calls.append(None)
+        return follow(loop, before) if len(calls) == 1 else 1 // 0
+
+    monkeypatch.setattr(DecodeLoop, "_follow", second_fails)
+    (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
     assert isinstance(outcome.error, ZeroDivisionError)
     assert runner.loops["coarse"][0].burst is None
 

@@ -122,6 +122,17 @@ class TestOffload:
         list(bark.stream_results([{"text": "One.", "max_seconds": 0.1 * i} for i in (1, 5)], seed=0))
         assert bark.runner.offloader.moves > 4
 
+    def test_no_model_is_taken_for_resident_after_one_did_not_fit(self):
+        first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        offloader = Offloader({"first": first, "second": second}, torch.device("cpu"))
+        offloader.bring("first")
+        offloader.device = torch.device("cuda:99")  # stands for a device without room
+        with pytest.raises((RuntimeError, AssertionError)):
+            offloader.bring("second")
+        offloader.device = torch.device("cpu")
+        offloader.bring("first")
+        assert (offloader.resident, offloader.moves) == ("first", 2)
+
     @pytest.mark.gpu
     def test_one_model_at_a_time_is_on_the_device(self):
         first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections import deque
 
 import numpy as np
 import pytest
@@ -388,6 +389,65 @@ def test_callers_in_several_threads_share_batches(suno_bark, load):
     expected = {index: alone[0] for index, (_, alone) in enumerate(five(load))}
     assert spoken == dict.fromkeys(range(3), expected)
     assert max(widths) == 6
+    assert not runner.leaks()
+
+
+def test_who_leaves_does_not_wait_for_others_to_finish(suno_bark):
+    """Only for the round that is under way."""
+    steps = []
+
+    class Counting(SmallRunner):
+        def step(self, model, sequences):
+            steps.append(len(sequences))
+            return super().step(model, sequences)
+
+    def decode(n):
+        return (yield Decode("coarse", np.array([10_500, 10_600]), RULE, n)).tokens
+
+    runner = Counting(suno_bark.runner)
+    scheduler = Scheduler(runner, max_batch=4)
+    ends = []
+
+    def long_caller():
+        ends.extend(scheduler.run([Utterance(decode(900), PhiloxNoise(0, CPU))]))
+
+    thread = threading.Thread(target=long_caller)
+    thread.start()
+    while len(steps) < 3:
+        pass
+    running = scheduler.run([Utterance(decode(n), PhiloxNoise(1, CPU)) for n in (5, 800)])
+    next(running)
+    before = len(steps)
+    running.close()
+    assert len(steps) - before < 20
+    assert not ends
+    thread.join(60)
+    assert len(ends[0].result) == 900
+    assert not runner.leaks()
+
+
+def test_an_interrupt_while_somebody_is_admitted_loses_nobody(suno_bark, load):
+    class Interrupted(deque):
+        struck = False
+
+        def popleft(self):
+            party = super().popleft()
+            if not self.struck:
+                self.struck = True
+                raise KeyboardInterrupt
+            return party
+
+    runner = SmallRunner(suno_bark.runner)
+    scheduler = Scheduler(runner, max_batch=5)
+    scheduler.rounds.waiting = Interrupted()
+    with Session(scheduler) as session:
+        session.add([(0, five(load)[0][0].utterances()[0])])
+        with pytest.raises(KeyboardInterrupt):
+            list(scheduler.run([five(load)[1][0].utterances()[0]]))
+        ended = []
+        for _ in range(2000):
+            ended += session.wait()
+        assert [tokens_of(one) for one in ended] == five(load)[0][1]
     assert not runner.leaks()
 
 

@@ -114,16 +114,19 @@ class Rounds(Generic[T]):
         return (self._running,) if self._running is not None else ()
 
     def _admit(self) -> None:
-        """Begin with those who wait, as long as there are places for a whole party, or it is alone."""
-        while self.waiting:
-            under_way = sum(not isinstance(one.owner, Branch) for one in self.active)
-            free = self.limits.utterances - under_way
-            if self.active and len(self.waiting[0]) > free:
-                break
-            self.active += [one for one in self.waiting[0] if one not in self.active]
-            self.waiting.popleft()  # after it: an interrupt may come at any time
+        """Begin with those who wait, as long as there are places for a whole party, or it is alone.
+
+        An interrupt may come anywhere in it, and loses nobody.
+        """
+        while True:
             for one in [one for one in self.active if one.work is None]:
                 self._advance(one)
+            under_way = sum(not isinstance(one.owner, Branch) for one in self.active)
+            free = self.limits.utterances - under_way
+            if not self.waiting or (self.active and len(self.waiting[0]) > free):
+                return
+            self.active += [one for one in self.waiting[0] if one not in self.active]
+            self.waiting.popleft()
 
     def _advance(self, one: Active[T]) -> None:
         """Send the answer to the coroutine and take up its next work, or report how it ended."""

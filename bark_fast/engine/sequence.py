@@ -22,8 +22,8 @@ class Sequence:
 
     cached: tokens whose keys and values the pages hold. pending: tokens to be fed before the next draw. feed:
     those of them that the next step feeds, as the scheduler granted. drawn, steps: tokens of this `Decode`, and
-    draws, EOS included. admitted: the scheduler has given it pages. lease: another number whenever the pages
-    are no longer those that a runner ahead of the sequence knows.
+    draws, EOS included. admitted: the scheduler has given it pages. lease: another number whenever it takes
+    up work or gives its pages back, so that a runner ahead of it notices.
     """
 
     def __init__(self, pool: KVPool, noise: NoiseSource, stream: int) -> None:
@@ -72,7 +72,6 @@ class Sequence:
         forked = self.pool.pool.fork(other.handle, keep)
         self.pool.pool.free(self.handle)
         self.handle, self.cached, self.pending = forked, prompt[:keep], prompt[keep:]
-        self.lease += 1
         return True
 
     def repeats(self, other: Sequence) -> bool:

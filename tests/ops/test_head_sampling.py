@@ -238,7 +238,7 @@ def test_more_tiles_than_are_joined_at_once(rows: int) -> None:
     head = torch.randn(window, width, generator=torch.Generator().manual_seed(0)) * 0.1
     greedy = SamplingRule("suno", ((0, window),), window, temperature=0.0)
     last = kernels.JOIN[1 if rows == 1 else 16] * kernels.tiles(window, rows)[0]  # joined with the first ones
-    for places, expected in (([5, last + 3], 5), ([window - 1], window - 1)):
+    for places, expected in (([5, last + 3], 5), ([last - 1], last - 1), ([window - 1], window - 1)):
         tried = head.clone()
         tried[places] = F.layer_norm(x[0], (width,)) * weight
         got = kernels.head_sample(x, weight, None, tried, None, *packed_columns([greedy] * rows), None, window)
