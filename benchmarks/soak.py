@@ -9,6 +9,7 @@ what the process has resident after giving freed memory back to the system is wh
 through that over the requests of the last two thirds of the shifts; its slope is bounded.
 
     python benchmarks/soak.py --minutes 30
+    python benchmarks/soak.py --minutes 30 --bursts     # decoding as on a GPU; what each says alone as ever
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bark_fast import Audio, Bark, InvalidInput, SamplingParams, make_checkpoint
+from bark_fast import Audio, Bark, InvalidInput, SamplingParams, loading, make_checkpoint
+from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.kv_pool import KVPool
 from bark_fast.engine.replicas import Replicas
 
@@ -185,6 +187,13 @@ def shift(soak: Soak, number: int, seconds: float) -> None:
         soak.faults.append(f"pages or sequences are still held: {held(soak.bark)}")
 
 
+def loaded(checkpoint: Path, replicas: int) -> Bark:
+    """The model, its windows short, for eight utterances in all."""
+    bark = Bark.from_pretrained(checkpoint, replicas=["cpu"] * replicas, max_batch=8 // replicas)
+    bark.config = replace(bark.config, layout=replace(bark.config.layout, **SHORT_WINDOWS))
+    return bark
+
+
 def main() -> None:
     """Run the load; exit non-zero when something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -192,21 +201,21 @@ def main() -> None:
     parser.add_argument("--shifts", type=int, default=30)
     parser.add_argument("--slope", type=float, default=1.0, help="MiB it may keep per 1,000 requests.")
     parser.add_argument("--replicas", type=int, default=1, help="Copies of the model, all on the CPU.")
+    parser.add_argument("--bursts", action="store_true", help="Decode with the runner that GPUs have.")
     options = parser.parse_args()
     if options.shifts < 9:
         parser.error(f"a slope cannot be told from {options.shifts} shifts; run 9 or more")
     if any(os.environ.get(name) != value for name, value in FRUGAL.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FRUGAL)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        bark = Bark.from_pretrained(
-            make_checkpoint(Path(folder) / "tiny", "tiny", "suno"),
-            replicas=["cpu"] * options.replicas,
-            max_batch=8 // options.replicas,
-        )
-    bark.config = replace(bark.config, layout=replace(bark.config.layout, **SHORT_WINDOWS))
     requests = requests_at_random(random.Random(0))
-    expected = [tokens(bark.generate(**request)) for request in requests]
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = make_checkpoint(Path(folder) / "tiny", "tiny", "suno")
+        bark = loaded(checkpoint, options.replicas)
+        expected = [tokens(bark.generate(**request)) for request in requests]
+        if options.bursts:
+            loading.runner_kind = lambda device: GraphRunner  # type: ignore[assignment]
+            bark = loaded(checkpoint, options.replicas)
     for runner in bark.runners:
         for name, gpt in runner.models.items():  # pages of two full contexts for eight utterances
             runner.pools[name] = KVPool(gpt.config, bark.device, torch.float32, 128 // options.replicas)
