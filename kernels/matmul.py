@@ -212,7 +212,8 @@ def matmul(
     blocks = triton.cdiv(k, chosen.block_k)
     steps = triton.cdiv(blocks, chosen.splits)
     span = steps * chosen.block_k
-    streaming = rows <= 64 and x.device.type != "cpu"  # the interpreter runs no PTX
+    # neither the interpreter nor AMD's GPUs run PTX
+    streaming = rows <= 64 and x.device.type != "cpu" and torch.version.hip is None
     prefetch = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128)) if streaming else 0
     _matmul_kernel[(tiles, chosen.splits)](
         x, x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias,

@@ -169,7 +169,7 @@ def test_prefer_torch_is_heard_at_each_step(suno_bark: Bark, monkeypatch) -> Non
     expected = alone(suno_bark, prompt(30), 60, PhiloxNoise(1, CPU))
     runs = []
     original = DecodeLoop.run
-    monkeypatch.setattr(DecodeLoop, "run", lambda loop, some: runs.append(1) or original(loop, some))
+    monkeypatch.setattr(DecodeLoop, "run", lambda loop, *some: runs.append(1) or original(loop, *some))
     got = []
     with Session(Scheduler(runner_of(GraphRunner, suno_bark))) as session:
         session.add([(0, Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU)))])

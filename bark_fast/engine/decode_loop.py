@@ -58,6 +58,7 @@ class DecodeLoop:
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
         self.captures: list[Capture] = []
         self.burst: Burst | None = None
+        self.later: Items[Sequence] = ()
 
     def takes(self, sequence: Sequence) -> bool:
         """Whether the sequence's next step is a plain decode step with noise of this loop's kind."""
@@ -67,11 +68,13 @@ class DecodeLoop:
             return not self.given
         return self.given and isinstance(sequence.noise, DrawnAhead)
 
-    def run(self, sequences: Items[Sequence]) -> list[list[int]]:
+    def run(self, sequences: Items[Sequence], later: Items[Sequence] = ()) -> list[list[int]]:
         """The tokens each sequence drew: a burst's, or two bursts' when the batch has changed.
 
         None where there is no page for the token after next: a burst wants room for it, a plain step does not.
+        later: others of the model whose turn in this step is still to come; pages for their feed are left.
         """
+        self.later = later
         got: dict[Sequence, list[int]] = {sequence: [] for sequence in sequences}
         burst, self.burst = self.burst, None  # gone for good if anything fails
         if burst is not None and not self._carries(burst, sequences):
@@ -139,7 +142,9 @@ class DecodeLoop:
         return self._launch(rows, steps)
 
     def _fits(self, rows: list[Row], steps: int) -> bool:
-        return self.pool.fits([row.sequence.handle for row in rows], [row.wants(steps) for row in rows])
+        handles = [row.sequence.handle for row in rows] + [one.handle for one in self.later]
+        wanted = [row.wants(steps) for row in rows] + [max(0, len(one.feed) - one.room) for one in self.later]
+        return self.pool.fits(handles, wanted)
 
     def _extend(self, rows: list[Row], steps: int) -> tuple[list[Row], npt.NDArray[np.int32]]:
         """Make room for so many steps; the rows with what they have now, and their block tables."""

@@ -49,18 +49,20 @@ class GraphRunner(EagerRunner):
     def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         # a captured graph is of Triton's kernels
         loops = () if preferred() == "torch" else self.loops.get(model, ())
-        groups = [(loop, [one for one in sequences if loop.takes(one)]) for loop in loops]
-        looping = {sequence for _, group in groups for sequence in group}
-        others = [sequence for sequence in sequences if sequence not in looping]
         drawn: dict[Sequence, list[int]] = {}
-        if others:
-            for one in others:
-                one.give_room_back()  # a plain step writes right behind what is cached
-            drawn.update(zip(others, super()._step(model, others), strict=True))
-        for loop, group in groups:
+        self._plain_step(model, [one for one in sequences if not any(loop.takes(one) for loop in loops)], drawn)
+        for loop in loops:
+            group = [one for one in sequences if loop.takes(one)]
             if group:
-                drawn.update(zip(group, loop.run(group), strict=True))
-        short = [sequence for sequence in looping if not drawn[sequence]]  # of pages for a burst
-        if short:
-            drawn.update(zip(short, super()._step(model, short), strict=True))
+                later = [one for one in sequences if one not in drawn and one not in group]
+                drawn.update(zip(group, loop.run(group, later), strict=True))
+                # those for whose burst there are no pages
+                self._plain_step(model, [one for one in group if not drawn[one]], drawn)
         return [drawn[sequence] for sequence in sequences]
+
+    def _plain_step(self, model: str, sequences: list[Sequence], drawn: dict[Sequence, list[int]]) -> None:
+        """One step, operation by operation, which writes right behind what is cached."""
+        for one in sequences:
+            one.give_room_back()
+        if sequences:
+            drawn.update(zip(sequences, super()._step(model, sequences), strict=True))

@@ -181,7 +181,9 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
 
 
 def _extension(tensor: Tensor) -> ModuleType | None:
-    return compiled(tensor.is_cuda) if preferred() == "auto" else None
+    if preferred() != "auto" or tensor.device.type not in ("cpu", "cuda"):
+        return None
+    return compiled(tensor.is_cuda)
 
 
 def _stream(tensor: Tensor) -> int:
