@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -52,3 +54,21 @@ def test_low_precision_speaks(tiny_suno_dir, dtype):
     bark = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype=dtype)
     both = bark.generate(["Hello there.", "And more."], seed=[0, 1], max_seconds=0.5)
     assert all(np.isfinite(audio.samples).all() and np.abs(audio.samples).max() > 0.01 for audio in both)
+
+
+def test_callers_with_streams_of_their_own_share_the_model(suno_bark, gpu_bark):
+    """Their bursts work on the same buffers and pages, one after the other."""
+    expected = [suno_bark.generate("Hello there.", seed=s, max_seconds=1.0).tokens.coarse for s in range(6)]
+    spoken = {}
+
+    def caller(seeds):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in seeds:
+                spoken[seed] = gpu_bark.generate("Hello there.", seed=seed, max_seconds=1.0).tokens.coarse
+
+    threads = [threading.Thread(target=caller, args=(range(first, 6, 3),)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(spoken[seed], expected[seed]) for seed in range(6))

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from bark_fast import Bark, InvalidInput
+from bark_fast.config import published_config
 from bark_fast.engine.memory import Offloader, cache_pages, context_bytes, pages_of_context, storage_bytes
 from bark_fast.engine.scheduler import Limits, Scheduler
+from bark_fast.modules.codec import Codec
+from bark_fast.modules.fine import FineGPT
+from bark_fast.modules.gpt import GPT
 
 TEXTS = ["One.", "Two, and somewhat longer.", "Three!"]
 SHORT = {"seed": [0, 1, 2], "max_seconds": 0.3}
@@ -75,6 +79,17 @@ class TestMaxMemory:
         with pytest.raises(InvalidInput, match="max_memory is"):
             Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=value)
 
+    def test_large_in_bfloat16_leaves_room_below_2500_mb(self):
+        """Weights and the pages of one utterance: what its steps compute with comes on top."""
+        config = published_config("large")
+        with torch.device("meta"):
+            models = [GPT(config.semantic), GPT(config.coarse), FineGPT(config.fine)]
+            codec = Codec(config.codec)
+        weights = 2 * sum({id(p): p.numel() for m in models for p in m.parameters()}.values())
+        weights += 4 * sum(p.numel() for p in codec.parameters())
+        pages = sum(context_bytes(gpt, torch.bfloat16) for gpt in (config.semantic, config.coarse))
+        assert 2.2e9 < weights + pages < 2.45e9
+
     def test_pages_never_fall_below_one_context(self, suno_bark):
         configs = {name: gpt.config for name, gpt in suno_bark.runner.models.items()}
         assert cache_pages(configs, torch.float32, 4, max_bytes=1) == {"semantic": 64, "coarse": 64}
@@ -91,6 +106,7 @@ class TestPlacement:
         [
             ({"devices": {"text": "cpu"}}, "devices has 'text'; choose from semantic"),
             ({"devices": {"fine": "cuda:99"}}, "device 'cuda:99'"),
+            ({"devices": {"semantic": 99}}, "device 99 cannot be used"),
             ({"devices": {"fine": "cpu"}, "offload": True}, "leave devices out, or offload"),
         ],
     )

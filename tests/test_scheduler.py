@@ -220,6 +220,10 @@ class Faulty(SmallRunner):
         return self.carry_out("vocode", noises, lambda: super(Faulty, self).vocode(works))
 
 
+class FaultyBursts(Faulty, BurstingRunner):
+    """The same, decoding in bursts: after a step that failed the next burst was already launched."""
+
+
 def five(load):
     """Five utterances whose rng moves on with every draw, or not, of two chunks at most."""
     return [(request, alone) for request, alone in load if len(alone) == 1 and not isinstance(alone[0], str)][
@@ -255,13 +259,14 @@ class TestFaults:
         runner.victim = held(jobs[VICTIM])
         return {one.index: one for one in Scheduler(runner, max_batch=5).run(jobs, observer)}
 
+    @pytest.mark.parametrize("faulty", [Faulty, FaultyBursts])
     @pytest.mark.parametrize("error", [OutOfPages("none left"), RuntimeError("CUDA error")], ids=repr)
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-    def test_who_is_at_fault_ends_alone(self, suno_bark, load, kind, error, after):
+    def test_who_is_at_fault_ends_alone(self, suno_bark, load, kind, error, after, faulty):
         def strikes(now, noises):
             return now == kind and any(is_noise(noise, runner.victim) for noise in noises)
 
-        runner = Faulty(suno_bark.runner, strikes, error, after)
+        runner = faulty(suno_bark.runner, strikes, error, after)
         got = self.speak(runner, load)
         assert got[VICTIM].error is error
         for index, (_, alone) in enumerate(five(load)):
@@ -269,8 +274,9 @@ class TestFaults:
                 assert [tokens_of(got[index])] == alone
         assert not runner.leaks()
 
+    @pytest.mark.parametrize("faulty", [Faulty, FaultyBursts])
     @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-    def test_a_batch_that_fails_once_ends_nobody(self, suno_bark, load, kind, after):
+    def test_a_batch_that_fails_once_ends_nobody(self, suno_bark, load, kind, after, faulty):
         struck = []
 
         def strikes(now, noises):
@@ -278,7 +284,7 @@ class TestFaults:
                 struck.append(noises)
             return bool(struck) and struck[-1] is noises
 
-        runner = Faulty(suno_bark.runner, strikes, RuntimeError("once"), after)
+        runner = faulty(suno_bark.runner, strikes, RuntimeError("once"), after)
         got = self.speak(runner, load)
         if kind in ("prefill", "decode", "fine"):  # opened one by one; codes of one length are rare
             assert struck
@@ -329,7 +335,8 @@ class TestFaults:
         assert [tokens_of(one) for one in got] == bystander[1]
         assert not runner.leaks()
 
-    def test_an_interrupt_in_the_midst_of_a_round(self, suno_bark, load, kind):
+    @pytest.mark.parametrize("faulty", [Faulty, FaultyBursts])
+    def test_an_interrupt_in_the_midst_of_a_round(self, suno_bark, load, kind, faulty):
         """The caller who was interrupted leaves; another caller's utterances go on and say the same."""
         struck = []
 
@@ -339,7 +346,7 @@ class TestFaults:
                 return True
             return False
 
-        runner = Faulty(suno_bark.runner, strikes, KeyboardInterrupt(), after=True)
+        runner = faulty(suno_bark.runner, strikes, KeyboardInterrupt(), after=True)
         runner.victim = None
         scheduler = Scheduler(runner, max_batch=5)
         bystanders = five(load)[2:]
