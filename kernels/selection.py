@@ -75,8 +75,9 @@ def search(key, top, lo, hi, number, target, by_mass, from_below, enough, MASS: 
     key3 = key[:, :, None]
     above_hi = number * 0.0
     rounds = 0
-    active = (hi > lo + 1) & (number > enough)
-    while any_row(active):
+    # carried as a scalar: Triton 3.6 cannot compile a loop whose condition reduces what the loop carries
+    searching = any_row((hi > lo + 1) & (number > enough))
+    while searching:
         mid = _thresholds(lo, hi, rounds < VALUE_ROUNDS, T)
         above = key3 > mid[:, None, :]
         count = tl.sum(above.to(tl.float32), axis=1)
@@ -93,7 +94,7 @@ def search(key, top, lo, hi, number, target, by_mass, from_below, enough, MASS: 
         hi = tl.min(tl.where(holds, mid, hi[:, None]), axis=1)
         # one key left, or exactly as many as were asked for: what is above lo is the answer
         settled = (number - above_hi <= 1) | ((by_mass == 0) & (number <= target + 1))
-        active = (hi > lo + 1) & (number > enough) & (settled == 0)
+        searching = any_row((hi > lo + 1) & (number > enough) & (settled == 0))
         rounds += 1
     return lo, number
 
