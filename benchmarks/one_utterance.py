@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from harness import TEXT
 from torch.profiler import ProfilerActivity, profile
 
 from bark_fast import Audio, Bark, Progress, SamplingParams
 from bark_fast.engine.burst import BURST
 from bark_fast.engine.memory import storage_bytes
 
-TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 STREAM_STOP = "cudaStreamSynchronize"
 STOPS = (STREAM_STOP, "cudaDeviceSynchronize", "cudaEventSynchronize")
 """Calls of CUDA's runtime in which the host waits for the device."""

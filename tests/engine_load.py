@@ -16,6 +16,7 @@ from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Group, Limits, Outcome, Scheduler, Utterance
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
+from bark_fast.pipeline import Bark
 from bark_fast.sampling import SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import long_form
@@ -50,6 +51,17 @@ class SmallRunner(EagerRunner):
 
 class BurstingRunner(GraphRunner, SmallRunner):
     """The same, decoding in bursts as on a GPU."""
+
+
+def runner_of(kind: type[EagerRunner], bark: Bark, device: str = "cpu", sequences: int = 16) -> Any:
+    """A runner over `bark`'s models whose pages hold NaN until they are written."""
+    old = bark.runner
+    models = [old.models["semantic"], old.models["coarse"], old.fine_model, old.codec]
+    runner = kind(*(model.to(device) for model in models), max_sequences=sequences)
+    for pool in runner.pools.values():
+        for pages in (*pool.keys, *pool.values):
+            pages.fill_(torch.nan)
+    return runner
 
 
 @dataclass(frozen=True)

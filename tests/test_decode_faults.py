@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_load import runner_of
 
 from bark_fast import loading
 from bark_fast.engine import burst, decode_loop
@@ -27,18 +28,6 @@ from bark_fast.work import Decode, Stage
 RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.7)
 SEMANTIC = SamplingRule("suno", ((0, 10_001),), 10_048, temperature=0.7)
 CPU = torch.device("cpu")
-
-
-def runner_of(kind: type[EagerRunner], bark: Bark, sequences: int = 4) -> Any:
-    """A runner over `bark`'s models whose pages hold NaN until they are written."""
-    old = bark.runner
-    runner = kind(
-        old.models["semantic"], old.models["coarse"], old.fine_model, old.codec, max_sequences=sequences
-    )
-    for pool in runner.pools.values():
-        for pages in (*pool.keys, *pool.values):
-            pages.fill_(torch.nan)
-    return runner
 
 
 def prompt(length: int, seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from engine_load import runner_of
 
 from bark_fast.engine import burst, held_noise
 from bark_fast.engine.burst import BURST
@@ -24,17 +25,6 @@ from bark_fast.work import Decode, Stage
 SEMANTIC = ((0, 10_001),)
 COARSE = ((10_000, 11_024), (11_024, 12_048))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def runner_of(kind: type[EagerRunner], bark: Bark, device: str, sequences: int = 16) -> EagerRunner:
-    """A runner over `bark`'s models whose pages hold NaN until they are written."""
-    old = bark.runner
-    models = [old.models["semantic"], old.models["coarse"], old.fine_model, old.codec]
-    runner = kind(*(model.to(device) for model in models), max_sequences=sequences)
-    for pool in runner.pools.values():
-        for pages in (*pool.keys, *pool.values):
-            pages.fill_(torch.nan)
-    return runner
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -50,7 +50,6 @@ class Row:
     """
 
     sequence: Sequence
-    work: object
     lease: int
     cached: int
     step: int
@@ -70,8 +69,7 @@ class Row:
 
     def is_up_to_date(self, unread: int = 0) -> bool:
         """Whether the sequence is where the burst began, once it takes so many tokens that were read."""
-        one = self.sequence
-        return self.lease == one.lease and self.work is one.work and self.cached == len(one.cached) + unread
+        return self.lease == self.sequence.lease and self.cached == len(self.sequence.cached) + unread
 
     def wants(self, steps: int) -> int:
         """Tokens to make room for: those of so many steps, and the next, whose place the last step looks up."""
@@ -123,6 +121,5 @@ def row_of(sequence: Sequence, tokens: list[int]) -> Row:
     work = sequence.work
     ended = bool(tokens) and tokens[-1] in (INVALID_TOKEN, work.rule.eos_token)
     left = 0 if ended else work.max_new_tokens - len(sequence.drawn) - len(tokens)
-    return Row(
-        sequence, work, sequence.lease, len(sequence.cached) + len(tokens), sequence.step + len(tokens), left
-    )
+    taken = len(tokens)
+    return Row(sequence, sequence.lease, len(sequence.cached) + taken, sequence.step + taken, left)

@@ -49,12 +49,13 @@ class GraphRunner(EagerRunner):
     def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         # a captured graph is of Triton's kernels
         loops = () if preferred() == "torch" else self.loops.get(model, ())
+        groups = [(loop, [one for one in sequences if loop.takes(one)]) for loop in loops]
+        looping = {one for _, group in groups for one in group}
         drawn: dict[Sequence, list[int]] = {}
-        self._plain_step(model, [one for one in sequences if not any(loop.takes(one) for loop in loops)], drawn)
-        for loop in loops:
-            group = [one for one in sequences if loop.takes(one)]
+        self._plain_step(model, [one for one in sequences if one not in looping], drawn)
+        for place, (loop, group) in enumerate(groups, 1):
             if group:
-                later = [one for one in sequences if one not in drawn and one not in group]
+                later = [one for _, others in groups[place:] for one in others]
                 drawn.update(zip(group, loop.run(group, later), strict=True))
                 # those for whose burst there are no pages
                 self._plain_step(model, [one for one in group if not drawn[one]], drawn)
