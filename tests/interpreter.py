@@ -1,8 +1,8 @@
 """Triton's interpreter, mended for bfloat16, Bark's dtype on most GPUs.
 
 As of triton 3.9 it keeps bfloat16 as its bits in uint16, multiplies matrices of those integers, and cuts
-float32 to bfloat16 where hardware rounds. Both are put right here, for tests. Reductions and arithmetic over
-bfloat16 remain wrong: kernels widen to float32 before them.
+float32 to bfloat16 where hardware rounds; before 3.9 its fma rounds twice. All are put right here, for tests.
+Reductions and arithmetic over bfloat16 remain wrong: kernels widen to float32 before them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def narrow(values: Bits) -> Bits:
 
 
 def mend() -> None:
-    """Replace the interpreter's matrix product and its cast to bfloat16."""
+    """Replace the interpreter's matrix product, its cast to bfloat16 and its fma of float32."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -56,6 +56,15 @@ def mend() -> None:
             return cast_impl(self, source, target)
         return convert(self, source, target, rounding)
 
+    fma = InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar != tl.float32:
+            return fma(self, x, y, z)
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(np.float32), tl.float32)
+
+    InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
