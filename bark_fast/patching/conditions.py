@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bark_fast.ops.norm_linear import FLOATING
 from bark_fast.patching.shared import why_not_plain
+
+# what transformers calls the keys and values so far: `past_key_values` before 5.24
+CACHE_NAMES = ("cache", "past_key_values")
+
+
+def cache_in(kwargs: dict[str, Any]) -> Any:
+    """The cache among a Hugging Face forward's arguments, or None."""
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def tracing() -> bool:

@@ -11,10 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from bark_fast.ops.attention import attention
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import linear_residual, norm_linear
-from bark_fast.patching.conditions import is_hooked, tracing, why_not_now
+from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing, why_not_now
 from bark_fast.patching.swap import Patched
 
 _UNDERSTOOD = {
+    "cache",
     "past_key_values",
     "attention_mask",
     "use_cache",
@@ -66,6 +67,8 @@ def _layers(block: Any) -> tuple[nn.Module, ...]:
 def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if args or not kwargs.keys() <= _UNDERSTOOD:
         return "unknown arguments of a block"
+    if kwargs.keys() >= set(CACHE_NAMES):
+        return "a cache given twice"
     if kwargs.get("output_attentions"):
         return "output_attentions"
     if kwargs.get("head_mask") is not None:
@@ -80,17 +83,16 @@ def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
     return why_not_now(block, x, _layers(block))
 
 
-def _forward(
-    block: Any, x: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Tensor:
+def _forward(block: Any, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     attn, mlp, ln_1, ln_2 = block.attn, block.mlp, block.layernorm_1, block.layernorm_2
     batch, time, _ = x.shape
     qkv = norm_linear(x, ln_1.weight, ln_1.bias, attn.att_proj.weight, attn.att_proj.bias)
     query, key, value = qkv.view(batch, time, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    if past_key_values is not None:
+    cache = cache_in(kwargs)
+    if cache is not None:
         # transformers before 5.8 says where the tokens go; a static cache needs it
         place = ({"cache_position": kwargs["cache_position"]},) if "cache_position" in kwargs else ()
-        key, value = past_key_values.update(key, value, attn.layer_idx, *place)
+        key, value = cache.update(key, value, attn.layer_idx, *place)
     if attention_mask is None:
         seen = attention(query, key, value, causal=attn.is_causal)
     else:

@@ -18,7 +18,7 @@ from bark_fast.config import FineConfig, GPTConfig, ModelName
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
-from bark_fast.patching.conditions import is_hooked, tracing
+from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing
 from bark_fast.patching.decoding import Decoder, Rows, Stage
 from bark_fast.patching.hf_rules import Request, request_of
 from bark_fast.patching.shared import Bound, bind
@@ -26,8 +26,8 @@ from bark_fast.patching.swap import Patched
 from bark_fast.work import Decoded
 
 # what `_sample` is given for the model's forward and is either the default or understood here
-_MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "input_embeds", "use_cache", "past_key_values",
-                    "cache_position", "position_ids"}  # fmt: skip
+_MODEL_ARGUMENTS = {"attention_mask", "inputs_embeds", "input_embeds", "use_cache", "cache_position",
+                    "position_ids", *CACHE_NAMES}  # fmt: skip
 _EMPTY_CACHES = {"DynamicCache", "StaticCache"}
 
 
@@ -264,7 +264,7 @@ def _check_call(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
         raise NotCovered("a padding mask of tokens")
     if places is not None and not bool((places == torch.arange(places.shape[-1], device=places.device)).all()):
         raise NotCovered("position_ids")
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_in(model_kwargs)
     if cache is not None and (
         type(cache).__name__ not in _EMPTY_CACHES
         or int(cache.get_seq_length()) > 0

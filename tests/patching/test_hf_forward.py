@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -35,6 +36,16 @@ def caches_close(expected: Any, got: Any) -> None:
         close((theirs.keys, theirs.values), (ours.keys, ours.values))
 
 
+def takes(module: Any, name: str) -> bool:
+    """Whether this transformers' module names the argument."""
+    return name in inspect.signature(type(module).forward).parameters
+
+
+def cache_name(module: Any) -> str:
+    """What this transformers calls a cache: 5.24 renamed it."""
+    return "cache" if takes(module, "cache") else "past_key_values"
+
+
 @pytest.mark.parametrize(
     "mask", [None, torch.ones_like(IDS), LEFT, RIGHT], ids=["none", "ones", "left", "right"]
 )
@@ -52,7 +63,7 @@ def test_causal_logits_and_hidden_states(model, part, mask, use_cache):
     close(expected.logits, got.logits)
     close(expected.hidden_states, got.hidden_states)
     if use_cache:
-        caches_close(expected.past_key_values, got.past_key_values)
+        caches_close(*(out[cache_name(model.semantic)] for out in (expected, got)))
 
 
 @pytest.mark.usefixtures("no_decline")
@@ -63,8 +74,9 @@ def test_decoding_over_a_dynamic_cache(model):
     def call(model):
         part, cache, logits = model.semantic, None, []
         for low, high in ((0, 8), (8, 9), (9, 12)):
-            out = part(IDS[:, low:high], past_key_values=cache, use_cache=True, attention_mask=LEFT[:, :high])
-            cache = out.past_key_values
+            past = {cache_name(part): cache}
+            out = part(IDS[:, low:high], **past, use_cache=True, attention_mask=LEFT[:, :high])
+            cache = out[cache_name(part)]
             logits.append(out.logits)
         return logits
 
@@ -84,27 +96,39 @@ def test_decoding_over_a_static_cache(model):
         mask = torch.zeros(2, 1, 1, 32)
         mask[..., 12:] = torch.finfo(torch.float32).min
         block, x = part.layers[0], part.input_embeds_layer(IDS)
-        place = {"cache_position": torch.arange(12)} if hf_layers_take("cache_position", block) else {}
-        return block(x, past_key_values=cache, attention_mask=mask, use_cache=True, **place)[0]
+        place = {"cache_position": torch.arange(12)} if takes(block, "cache_position") else {}
+        return block(x, **{cache_name(block): cache}, attention_mask=mask, use_cache=True, **place)[0]
 
     close(*both(model, call))
 
 
-def hf_layers_take(name: str, block: Any) -> bool:
-    """Whether this transformers' block takes the argument."""
-    import inspect
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+@torch.no_grad()
+def test_old_name_of_a_cache(model):
+    """Where transformers calls it `cache`, a block still takes `past_key_values`; both are left to it."""
+    from transformers import DynamicCache
 
-    return name in inspect.signature(type(block).forward).parameters
+    block = model.semantic.layers[0]
+    if not takes(block, "cache"):
+        pytest.skip("this transformers knows past_key_values only")
+    x = model.semantic.input_embeds_layer(IDS)
+
+    def call(model):
+        block, cache = model.semantic.layers[0], DynamicCache()
+        out = block(x, past_key_values=cache)[0]
+        return out, cache.layers[0].keys
+
+    close(*both(model, call))
+    bark_fast.patch(model)
+    with pytest.warns(RuntimeWarning, match="given twice"):
+        block(x, past_key_values=DynamicCache(), cache=DynamicCache())
 
 
 @pytest.mark.usefixtures("no_decline")
 @torch.no_grad()
 def test_inputs_embeds(model):
-    import inspect
-
     part = model.semantic
-    parameters = inspect.signature(part.forward).parameters
-    name = "inputs_embeds" if "inputs_embeds" in parameters else "input_embeds"
+    name = "inputs_embeds" if takes(part, "inputs_embeds") else "input_embeds"
     embeds = part.input_embeds_layer(IDS)
     close(*both(model, lambda model: model.semantic(**{name: embeds}, use_cache=False).logits))
 
