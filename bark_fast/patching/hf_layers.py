@@ -15,8 +15,7 @@ from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, trac
 from bark_fast.patching.swap import Patched
 
 _UNDERSTOOD = {
-    "cache",
-    "past_key_values",
+    *CACHE_NAMES,
     "attention_mask",
     "use_cache",
     "output_attentions",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import bark_fast
 from bark_fast.errors import NotCovered
-from bark_fast.patching import hf_layers
+from bark_fast.patching import hf_layers, hf_models
 
 IDS = torch.arange(1, 25).view(2, 12) * 37 % 9000
 LEFT = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
@@ -102,26 +102,52 @@ def test_decoding_over_a_static_cache(model):
     close(*both(model, call))
 
 
-@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
-@torch.no_grad()
-def test_old_name_of_a_cache(model):
-    """Where transformers calls it `cache`, a block still takes `past_key_values`; both are left to it."""
-    from transformers import DynamicCache
-
-    block = model.semantic.layers[0]
+def needs_the_new_name(block: Any) -> None:
     if not takes(block, "cache"):
         pytest.skip("this transformers knows past_key_values only")
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_old_name_of_a_cache(model):
+    """Where transformers calls it `cache`, a block still takes `past_key_values`."""
+    from transformers import DynamicCache
+
+    needs_the_new_name(model.semantic.layers[0])
     x = model.semantic.input_embeds_layer(IDS)
 
     def call(model):
-        block, cache = model.semantic.layers[0], DynamicCache()
-        out = block(x, past_key_values=cache)[0]
+        cache = DynamicCache()
+        out = model.semantic.layers[0](x, past_key_values=cache)[0]
         return out, cache.layers[0].keys
 
     close(*both(model, call))
-    bark_fast.patch(model)
+
+
+@pytest.mark.filterwarnings("ignore:Both .past_key_values. and .cache.:FutureWarning")
+@torch.no_grad()
+def test_a_cache_of_both_names_is_left_to_the_original(model):
+    from transformers import DynamicCache
+
+    block = bark_fast.patch(model).semantic.layers[0]
+    needs_the_new_name(block)
     with pytest.warns(RuntimeWarning, match="given twice"):
-        block(x, past_key_values=DynamicCache(), cache=DynamicCache())
+        block(model.semantic.input_embeds_layer(IDS), past_key_values=DynamicCache(), cache=DynamicCache())
+
+
+@torch.no_grad()
+def test_the_engine_refuses_a_cache_that_holds_tokens(model):
+    """By either name; an empty one is what `generate` makes itself."""
+    from transformers import DynamicCache
+
+    part, cache = model.semantic.eval(), DynamicCache()
+    for name in ("cache", "past_key_values"):
+        hf_models._check_call(part, IDS, {name: cache})
+    cache.update(torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8), 0)
+    for name in ("cache", "past_key_values"):
+        with pytest.raises(NotCovered, match="a cache from elsewhere"):
+            hf_models._check_call(part, IDS, {name: cache})
 
 
 @pytest.mark.usefixtures("no_decline")
