@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported
     if find_spec("triton") is not None:
         interpreter.mend()
+        interpreter.hasten()
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and sums keep one order
 
