@@ -99,6 +99,7 @@ def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> list[dict[
         projections = layers(heads, batch, dtype, device)
         floor = operations(heads, batch, causal) / rate
         times: dict[str, dict[str, float]] = {}
+        torch.compiler.reset()  # it compiles one function a few times only, and is eager from then on
         for name, attend in contenders(causal):
             try:
                 times[name] = quantiles(seconds(attend, projections))

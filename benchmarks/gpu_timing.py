@@ -20,6 +20,7 @@ def require_gpu() -> None:
 def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
     """Seconds of each replay of a graph of `call`, by CUDA events."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the call works on has been written
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from engine_load import runner_of
 
 from bark_fast import loading
-from bark_fast.engine import burst, decode_loop
+from bark_fast.engine import burst, capture, decode_loop
+from bark_fast.engine.capture import GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.held_noise import HeldNoise
@@ -178,20 +180,69 @@ def test_a_capture_that_fails_is_told_once_and_costs_no_token(suno_bark: Bark, m
     expected = alone(suno_bark, prompt(30), 60, PhiloxNoise(1, CPU))
     runner = runner_of(GraphRunner, suno_bark)
     loop = runner.loops["coarse"][0]
-    loop.capture = True
+    loop.capture, loop.memory = True, GraphMemory.__new__(GraphMemory)
 
-    def refuse(*arguments: object) -> None:
+    def refuse(memory: GraphMemory, step: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(DecodeLoop, "_warm_up", lambda loop: None)
-    monkeypatch.setattr(decode_loop.torch.cuda, "memory_reserved", lambda device: 0)
-    monkeypatch.setattr(decode_loop.torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(decode_loop.torch.cuda, "graph", refuse)
+    monkeypatch.setattr(GraphMemory, "capture", refuse)
     with pytest.warns(RuntimeWarning, match="could not capture a decode step of coarse .operation not") as told:
         (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
     assert len([one for one in told if "capture" in str(one.message)]) == 1
     assert outcome.result == expected
     assert not loop.capture
+
+
+class Streams:
+    """torch.cuda as far as a capture asks: which stream is current, and who waited for whom."""
+
+    def __init__(self, fails: bool) -> None:
+        self.current, self.fails, self.waits = Stream("caller's", self), fails, []
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph: object, pool: object, stream: Stream, mode: str) -> Iterator[None]:
+        """torch 2.13 ends the capture first, and sets the stream back only if that went well."""
+        before, self.current = self.current, stream
+        yield
+        if self.fails:
+            raise RuntimeError("capture was invalidated")
+        self.current = before
+
+
+class Stream:
+    """One that tells `Streams` whom it waits for."""
+
+    def __init__(self, name: str, streams: Streams) -> None:
+        self.name, self.streams = name, streams
+
+    def wait_stream(self, other: Stream) -> None:
+        self.streams.waits.append((self.name, other.name))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, fails: bool) -> None:
+    streams, ran = Streams(fails), []
+    caller, reserved = streams.current, iter((100, 130))
+    for name, value in {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device: Stream("side", streams),
+        "current_stream": lambda device: streams.current, "stream": streams.stream, "graph": streams.graph,
+        "set_stream": lambda stream: setattr(streams, "current", stream), "CUDAGraph": lambda: "graph",
+        "empty_cache": lambda: None, "memory_reserved": lambda device: next(reserved),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(capture.torch.cuda, name, value)
+    memory = GraphMemory(torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="invalidated") if fails else nullcontext():
+        assert memory.capture(lambda: ran.append(streams.current.name)) == ("graph", 30)
+    assert ran == ["side"] * 3
+    assert streams.current is caller
+    back = ("caller's", "side")
+    assert streams.waits == [back[::-1], back] + [back] * fails, "what was launched there comes first"
 
 
 def test_a_gpu_without_triton_is_told(monkeypatch) -> None:

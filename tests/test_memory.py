@@ -149,12 +149,32 @@ class TestOffload:
         offloader.bring("first")
         assert (offloader.resident, offloader.moves) == ("first", 2)
 
+    def test_tied_weights_are_copied_once(self, monkeypatch):
+        """Pinned memory is a copy; here any copy stands for it."""
+        monkeypatch.setattr(Offloader, "_kept", lambda self, tensor: tensor.clone())
+        module = self.tied()
+        before = module[0].weight.detach().clone()
+        place = module[0].weight.data_ptr()
+        offloader = Offloader({"one": module}, torch.device("cpu"))
+        offloader.bring("one")
+        assert module[0].weight.data_ptr() == module[1].weight.data_ptr() != place
+        assert module[2].weight.shape == (1, 3), "a part of it has a copy of its own"
+        assert torch.equal(module[1].weight, before) and torch.equal(module[2].weight, before[:1])
+
+    @staticmethod
+    def tied():
+        """Three layers of one weight: whole, whole, and its first row."""
+        layers = [torch.nn.Linear(3, rows, bias=False) for rows in (3, 3, 1)]
+        layers[1].weight = torch.nn.Parameter(layers[0].weight.detach())
+        layers[2].weight = torch.nn.Parameter(layers[0].weight.detach()[:1])
+        return torch.nn.Sequential(*layers)
+
     @pytest.mark.gpu
     def test_one_model_at_a_time_is_on_the_device(self):
-        first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-        second.bias = torch.nn.Parameter(second.weight[0])  # tied: the same memory
+        first, tied = torch.nn.Linear(3, 3), self.tied()
+        second = tied[0]
         kept = first.weight.detach().clone()
-        offloader = Offloader({"first": first, "second": second}, torch.device("cuda"))
+        offloader = Offloader({"first": first, "second": tied}, torch.device("cuda"))
         places = []
         for name in ("first", "second", "second", "first", "second"):
             offloader.bring(name)
@@ -163,7 +183,7 @@ class TestOffload:
         assert places == [(there, away), (away, there), (away, there), (there, away), (away, there)]
         assert offloader.moves == 4
         assert torch.equal(first.weight, kept)
-        assert second.bias.data_ptr() == second.weight.data_ptr()
+        assert tied[1].weight.data_ptr() == second.weight.data_ptr()
 
     @pytest.mark.gpu
     def test_weights_leave_the_gpu(self, tiny_suno_dir):

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
-from threading import Lock
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from bark_fast.engine.burst import BURST, Buffers, Burst, Capture, Row, Shape, place_of, row_of
+from bark_fast.engine.capture import GraphMemory
 from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
@@ -24,13 +23,6 @@ from bark_fast.ops.decode_state import STEP, DecodeState, advance
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
-
-ONE_CAPTURE = Lock()
-"""torch captures one graph at a time in a process; replicas have threads of their own."""
-
-
-GraphMemory = Any
-"""What torch calls a graph pool: memory that graphs which never run at the same time share."""
 
 
 class DecodeLoop:
@@ -50,9 +42,6 @@ class DecodeLoop:
     ) -> None:
         self.model, self.gpt, self.pool, self.given, self.memory = model, gpt, pool, given, memory
         self.capture = memory is not None
-        self.side: torch.cuda.Stream | None = None
-        if self.capture:  # on a stream of this device: torch's own for captures is on one device, the first
-            self.side = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
         self.buffers: dict[int, Buffers] = {}
         self.shape: Shape | None = None
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
@@ -229,13 +218,10 @@ class DecodeLoop:
             (0, buffers.state.remaining), (0, buffers.state.lengths), (-1, buffers.state.slots),
         ):  # fmt: skip
             tensor.fill_(idle)
-        started, held = time.perf_counter(), torch.cuda.memory_reserved(self.pool.device)
-        graph = torch.cuda.CUDAGraph()
+        assert self.memory is not None
+        started = time.perf_counter()
         try:
-            self._warm_up()
-            # other threads, at work on other devices, are free to allocate meanwhile
-            with ONE_CAPTURE, torch.cuda.graph(graph, self.memory, self.side, "thread_local"):
-                self._step()
+            graph, taken = self.memory.capture(self._step)
         except RuntimeError as error:
             self.capture = False
             warnings.warn(
@@ -246,15 +232,5 @@ class DecodeLoop:
             )
             return buffers
         self.graphs[shape] = graph
-        held = torch.cuda.memory_reserved(self.pool.device) - held
-        self.captures.append(Capture(self.model, shape.rows, time.perf_counter() - started, held))
+        self.captures.append(Capture(self.model, shape.rows, time.perf_counter() - started, taken))
         return buffers
-
-    def _warm_up(self) -> None:
-        """Run the step on a side stream, so that what is allocated or compiled once is not captured."""
-        assert self.side is not None
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):
-            self._step()
-            self._step()
-        torch.cuda.current_stream().wait_stream(self.side)

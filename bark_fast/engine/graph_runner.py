@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 
 from bark_fast.engine.burst import Capture
-from bark_fast.engine.decode_loop import DecodeLoop, GraphMemory
+from bark_fast.engine.capture import GraphMemory
+from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.sequence import Sequence
 from bark_fast.ops.dispatch import preferred
@@ -27,7 +28,7 @@ class GraphRunner(EagerRunner):
         memory: dict[torch.device, GraphMemory] = {}  # one for all graphs of a device
         if self.offloader is None:
             gpus = {pool.device for pool in self.pools.values() if pool.device.type == "cuda"}
-            memory = {device: torch.cuda.graph_pool_handle() for device in gpus}
+            memory = {device: GraphMemory(device) for device in gpus}
         return {
             name: (
                 DecodeLoop(name, gpt, pool, memory.get(pool.device), given=False),

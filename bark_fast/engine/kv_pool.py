@@ -123,7 +123,7 @@ class KVPool:
             )  # fmt: skip
         if batch.paged == len(batch.counts):
             return out
-        if uses_triton(qkv):
+        if uses_triton(qkv, head_dim):
             longest = max(batch.counts[batch.paged :])
             paged_prefill(
                 qkv[row:], keys, values, batch.block_tables[batch.paged :], batch.lengths[batch.paged :],

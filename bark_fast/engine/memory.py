@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,7 @@ class Offloader:
         self.resident: str | None = None
         self.moves = 0
         self._host = {
-            name: [self._kept(parameter.data) for parameter in module.parameters()]
-            for name, module in self.modules.items()
+            name: self._copies(module.parameters(), self._kept) for name, module in self.modules.items()
         }
         for name in self.modules:
             self._put(name, self._host[name])
@@ -60,14 +59,23 @@ class Offloader:
         if self.resident is not None:
             self._put(self.resident, self._host[self.resident])
             self.resident = None  # also if there is no room for the next one
-        moved: dict[int, Tensor] = {}  # by address: tied weights stay tied
         with torch.inference_mode(False):  # a parameter cannot hold an inference tensor
-            for tensor in self._host[name]:
-                if tensor.data_ptr() not in moved:
-                    moved[tensor.data_ptr()] = tensor.to(self.device, non_blocking=True)
-        self._put(name, [moved[tensor.data_ptr()] for tensor in self._host[name]])
+            there = self._copies(self._host[name], lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._put(name, there)
         self.resident = name
         self.moves += 1
+
+    @staticmethod
+    def _copies(tensors: Iterable[Tensor], copy: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Each tensor's copy; what is one in memory is one again, so tied weights stay tied."""
+        copies: dict[tuple[object, ...], Tensor] = {}
+        places = []
+        for tensor in tensors:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in copies:
+                copies[place] = copy(tensor.detach())
+            places.append(place)
+        return [copies[place] for place in places]
 
     def _kept(self, tensor: Tensor) -> Tensor:
         return tensor.cpu().pin_memory() if self.device.type == "cuda" else tensor.cpu()

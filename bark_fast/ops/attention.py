@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bark_fast.errors import InvalidInput
-from bark_fast.ops.dispatch import define, is_eager, uses_triton
+from bark_fast.ops.dispatch import HEAD_DIMS, define, is_eager, uses_triton
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
 
     query: (batch, heads, time, head_dim). key, value: (batch, heads, keys, head_dim). Strides are free but for
     a unit last one: views of a packed projection (batch, time, 3, heads, head_dim) are read in place. All of
-    one dtype; Triton wants float32, float16 or bfloat16 and head_dim 32, 64 or 128.
+    one dtype; Triton wants float32, float16 or bfloat16, and head_dim 32, 64 or 128 (others run on torch).
 
     causal: aligned bottom-right, the last query sees every key; keys >= time. lengths: (batch,) int32 or int64,
     keys from there on are absent. key_mask: (batch, keys) bool, False where a key is absent (a padded prompt).
@@ -41,7 +41,7 @@ def attention(
     _check(query, key, value, causal, key_mask, lengths, scale, out)
     natural = query.shape[-1] ** -0.5 if scale is None else scale
     if is_eager(query):
-        if out is None and not uses_triton(query):
+        if out is None and not uses_triton(query, query.shape[3]):
             return reference(query, key, value, causal, key_mask, lengths, scale)
         out = _merged_heads(query) if out is None else out
         _attention(query, key, value, causal, key_mask, lengths, natural, out)
@@ -135,7 +135,7 @@ def _attention(
     scale: float,
     out: Tensor,
 ) -> None:
-    if not uses_triton(query):
+    if not uses_triton(query, query.shape[3]):
         out.copy_(reference(query, key, value, causal, key_mask, lengths, scale))
         return
     from bark_fast.kernels import attention as kernels
@@ -146,7 +146,7 @@ def _attention(
 
 def _check_triton(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
     head_dim = query.shape[3]
-    if head_dim not in (32, 64, 128):
+    if head_dim not in HEAD_DIMS:
         raise InvalidInput(
             f"head_dim is {head_dim}; Triton attention has 32, 64 and 128 (prefer('torch') has all)"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bark_fast.ops import paged_kv
-from bark_fast.ops.dispatch import is_eager
+from bark_fast.ops.dispatch import HEAD_DIMS, is_eager
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import extension_for, linear_residual, norm_linear
 
@@ -43,9 +43,10 @@ def decode_layers(x: Tensor, weights: list[Tensor | None], cache: PagedRows) -> 
     x: (rows, n_embd), one row a sequence. weights: `WEIGHTS` of each layer, one layer after another, all of x's
     dtype. Errors are those of the operations: what does not fit raises `InvalidInput` or ValueError.
     """
-    if is_eager(x) and (module := extension_for(x, weights[2])):
+    head_dim = cache.keys[0].shape[3]
+    if is_eager(x) and head_dim in HEAD_DIMS and (module := extension_for(x, weights[2])):
         out = x.new_empty(x.shape)
-        scale = cache.keys[0].shape[3] ** -0.5
+        scale = head_dim**-0.5
         module.decode_layers(
             x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.slots, out, scale,
             torch.get_num_threads(),

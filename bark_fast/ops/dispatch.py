@@ -16,6 +16,9 @@ from bark_fast.errors import InvalidInput
 
 Backend = Literal["auto", "torch", "triton"]
 
+HEAD_DIMS = (32, 64, 128)
+"""Sizes of a head that the extension and Triton have. Bark's is 64; others run on torch, on every device."""
+
 _preferred: ContextVar[Backend] = ContextVar("preferred_backend", default="auto")
 
 
@@ -39,11 +42,11 @@ def preferred() -> Backend:
     return _preferred.get()
 
 
-def uses_triton(tensor: Tensor) -> bool:
-    """Whether an operation on `tensor` runs Triton kernels."""
+def uses_triton(tensor: Tensor, head_dim: int | None = None) -> bool:
+    """Whether an operation on `tensor`, with heads of this size if it has any, runs Triton kernels."""
     preferred = _preferred.get()
     if preferred == "auto":
-        return tensor.is_cuda and has_triton()
+        return tensor.is_cuda and has_triton() and (head_dim is None or head_dim in HEAD_DIMS)
     return preferred == "triton"
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bark_fast import extension
 from bark_fast.ops import paged_kv_reference as fallback
-from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton, writes_in_place
+from bark_fast.ops.dispatch import HEAD_DIMS, define, is_eager, preferred, uses_triton, writes_in_place
 
 MAX_PARTS = 32
 """Parts a context is split into at most on CUDA; `attention_scratch` has room for them."""
@@ -180,10 +180,10 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
         torch.ops.bark_fast.swap_pages(source, destination, pairs)
 
 
-def _extension(tensor: Tensor) -> ModuleType | None:
-    if preferred() != "auto" or tensor.device.type not in ("cpu", "cuda"):
+def _extension(pages: Tensor) -> ModuleType | None:
+    if preferred() != "auto" or pages.device.type not in ("cpu", "cuda") or pages.shape[-1] not in HEAD_DIMS:
         return None
-    return compiled(tensor.is_cuda)
+    return compiled(pages.is_cuda)
 
 
 def _stream(tensor: Tensor) -> int:
@@ -193,7 +193,7 @@ def _stream(tensor: Tensor) -> int:
 def _append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     module = _extension(k_pages)
     if module is None:
-        if not uses_triton(k_pages):
+        if not uses_triton(k_pages, k_pages.shape[-1]):
             return fallback.append_kv(qkv, k_pages, v_pages, slots)
         from bark_fast.kernels import paged_kv as kernels
 
@@ -219,7 +219,7 @@ def _paged_attention(
     module = _extension(k_pages)
     arguments = (query, k_pages, v_pages, block_table, lengths, query_starts, out, scale)
     if module is None:
-        if not uses_triton(k_pages):
+        if not uses_triton(k_pages, k_pages.shape[-1]):
             return fallback.paged_attention(*arguments)
         from bark_fast.kernels import paged_kv as kernels
 
@@ -246,7 +246,7 @@ def _append_attention(
     module = _extension(k_pages)
     arguments = (qkv, k_pages, v_pages, block_table, lengths, query_starts, slots, out, scale)
     if module is None:
-        if not uses_triton(k_pages):
+        if not uses_triton(k_pages, k_pages.shape[-1]):
             return fallback.append_attention(*arguments)
         from bark_fast.kernels import paged_kv as kernels
 
@@ -264,7 +264,7 @@ def _append_attention(
 def _copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     module = _extension(k_pages)
     if module is None:
-        if not uses_triton(k_pages):
+        if not uses_triton(k_pages, k_pages.shape[-1]):
             return fallback.copy_pages(k_pages, v_pages, pairs)
         from bark_fast.kernels import paged_kv as kernels
 
@@ -278,7 +278,7 @@ def _copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
 def _gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
     module = _extension(pages)
     if module is None:
-        if not uses_triton(pages):
+        if not uses_triton(pages, pages.shape[-1]):
             return fallback.gather_kv(pages, block_table, length, out)
         from bark_fast.kernels import paged_kv as kernels
 
