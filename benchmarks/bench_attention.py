@@ -92,10 +92,10 @@ def operations(heads: int, batch: int, causal: bool) -> int:
     return 4 * batch * heads * HEAD_DIM * pairs
 
 
-def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> list[dict[str, Any]]:
-    """Rows of all shapes in one dtype."""
-    rows: list[dict[str, Any]] = []
+def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> Iterator[list[dict[str, Any]]]:
+    """The rows of each shape in one dtype."""
     for heads, batch, causal in SHAPES:
+        rows: list[dict[str, Any]] = []
         projections = layers(heads, batch, dtype, device)
         floor = operations(heads, batch, causal) / rate
         times: dict[str, dict[str, float]] = {}
@@ -120,7 +120,7 @@ def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> list[dict[
                 "contender": name, "unit": "s a layer", **time, "share_of_roofline": share, "best_sdpa": best,
                 "speed_of_best_sdpa": speed, "target_met": speed >= TARGET if name == "ours" else "",
             })  # fmt: skip
-    return rows
+        yield rows
 
 
 def tune(dtype: torch.dtype, device: str = "cuda") -> None:
@@ -150,7 +150,6 @@ def main() -> None:
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     require_gpu()
-    rows = []
     with torch.inference_mode():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if options.tune:
@@ -158,9 +157,9 @@ def main() -> None:
                 continue
             rate = matmul_rate(dtype)
             print(f"{dtype} matrix product: {rate / 1e12:.0f} TFLOP/s")
-            rows += measure(dtype, rate)
-    if rows and not options.no_rows:
-        print(f"rows appended to {append_rows('attention', rows)}")
+            for rows in measure(dtype, rate):
+                if not options.no_rows:
+                    append_rows("attention", rows)  # at once: what is interrupted keeps what it measured
 
 
 if __name__ == "__main__":

@@ -101,14 +101,13 @@ def main() -> None:
     copy = copy_bandwidth()
     rates = {dtype: matmul_rate(dtype) for dtype in {dtype for _, _, dtype in shapes}}
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s, {rates}")
-    found = []
     for width, rows, dtype in shapes:
         torch.compiler.reset()
-        found += (new := figures(width, rows, dtype, "cuda", copy, rates[dtype]))
-        for row in new:
+        found = figures(width, rows, dtype, "cuda", copy, rates[dtype])
+        for row in found:
             print(f"{row['dtype']:9} width {width:4} rows {rows:5} {measured(row)}")
-    if not options.no_rows:
-        print(f"rows appended to {append_rows('mlp', found)}")
+        if not options.no_rows:
+            append_rows("mlp", found)  # at once: what is interrupted keeps what it measured
 
 
 if __name__ == "__main__":

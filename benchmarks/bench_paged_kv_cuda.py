@@ -128,9 +128,13 @@ def main() -> None:
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     require_gpu()
+
+    def keep(name: str, rows: list[dict[str, Any]]) -> None:
+        if not options.no_rows:
+            append_rows(name, rows)  # at once: what is interrupted keeps what it measured
+
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s")
-    decode, prefill = [], []
     for dtype in (torch.bfloat16, torch.float32):
         rate, name = matmul_rate(dtype), str(dtype).removeprefix("torch.")
         for n_head in (12, 16):
@@ -139,16 +143,14 @@ def main() -> None:
                 steps = decode_steps(batch, keys, n_head, dtype, "cuda")
                 floor = 2 * batch * keys * token_bytes / copy
                 layers = layers_for(batch * keys, n_head, dtype)
-                decode += row(floor, steps, layers, dtype=name, n_head=n_head, batch=batch, keys=keys)
+                found = row(floor, steps, layers, dtype=name, n_head=n_head, batch=batch, keys=keys)
+                keep("paged_kv_cuda", found)
             for tokens in PROMPTS:
                 steps = prefill_steps(tokens, n_head, dtype, "cuda")
                 moved = 6 * tokens * token_bytes / copy  # q, k, v read, k, v and the result written
                 floor = max(moved, 2 * tokens * (tokens + 1) * n_head * HEAD_DIM / rate)
                 layers = layers_for(tokens, n_head, dtype)
-                prefill += row(floor, steps, layers, dtype=name, n_head=n_head, tokens=tokens)
-    if not options.no_rows:
-        print(f"rows appended to {append_rows('paged_kv_cuda', decode)}")
-        print(f"rows appended to {append_rows('paged_prefill', prefill)}")
+                keep("paged_prefill", row(floor, steps, layers, dtype=name, n_head=n_head, tokens=tokens))
 
 
 if __name__ == "__main__":

@@ -143,13 +143,17 @@ def main() -> None:
     if options.tune:
         tune(replay_times)
         return
-    rows = []
+
+    def keep(row: dict[str, Any]) -> None:
+        if not options.no_rows:
+            append_rows("sampling", [row])  # at once: what is interrupted keeps what it measured
+
     for width in (SEMANTIC, CODEBOOK):
         for batch in BATCHES:
             for dialect in ("suno", "hf"):
                 for name in RULES:
                     row = measure(batch, width, dialect, name, replay_times)
-                    rows.append(row)
+                    keep(row)
                     ours, torch_s, compiled = (1e6 * row[who] for who in ("p50", "torch", "compiled"))
                     print(
                         f"{width:6} columns, batch {batch:2}, {dialect:4} {name:16}: {ours:7.2f} us, "
@@ -159,21 +163,19 @@ def main() -> None:
         places = inputs(batch, 1, "cuda")[1]
         seconds = quantiles(replay_times(partial(ops.exponential, places, SEMANTIC)))
         print(f"Philox noise, batch {batch:2}: {1e6 * seconds['p50']:7.2f} us")
-        rows.append({
+        keep({
             "rule": "Philox noise", "dialect": "", "batch": batch, "width": SEMANTIC, "unit": "s a call",
             **seconds, "torch": "", "compiled": "", "target": "", "target_met": "",
         })  # fmt: skip
     for window, width in ((10_001, 768), (10_001, 1024), (1_024, 768), (1_024, 1024)):
         for batch in (1, 8, 16):
             row = measure_head(batch, width, window, replay_times)
-            rows.append(row)
+            keep(row)
             one, two, torch_s = (1e6 * row[who] for who in ("p50", "target", "torch"))
             print(
                 f"{window:6} rows of a head of width {width:4}, batch {batch:2}: head_sample {one:7.2f} us, "
                 f"two launches {two:7.2f} us, torch {torch_s:7.2f} us"
             )
-    if not options.no_rows:
-        print(f"rows appended to {append_rows('sampling', rows)}")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ Attention attention_of(const TensorView& query, const TensorView& k, const Tenso
     check_aligned(out);
     check_dtype(table, DType::i32);
     check_shape(table, {-1, -1});
+    if (query.shape[0] && !table.shape[0])
+        reject("block_table has no sequence; expected one or more for " + std::to_string(query.shape[0]) + " rows");
     check_packed(table, 1);
     check_fits(table, 0, INT32_MAX / 2);
     check_fits(table, 1, INT32_MAX / pages.page_size);

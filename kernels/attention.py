@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, Target, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, target_of
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E: float = 1.4426950408889634
@@ -156,6 +156,7 @@ def _attention_kernel(
     tl.store(target, normalized(total, acc).to(out.dtype.element_ty), inside)
 
 
+@on_its_device
 def attention(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, key_mask: Tensor | None, lengths: Tensor | None,
     scale: float, out: Tensor,

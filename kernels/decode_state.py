@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, on_its_device
 
 BLOCK = 128
 STEP = tl.constexpr(1)
@@ -46,6 +46,7 @@ def _advance_kernel(
     tl.store(slots + row, tl.where(goes_on, slot, -1), live)
 
 
+@on_its_device
 def advance(
     tokens: Tensor, ids: Tensor, positions: Tensor, lengths: Tensor, slots: Tensor, places: Tensor,
     remaining: Tensor, eos: Tensor, block_tables: Tensor, drawn: Tensor, page_size: int,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, on_its_device
 
 MAX_CODEBOOKS = 8
 """EnCodec at 24 kHz has 8 codebooks; `embed_codes` takes as many tables."""
@@ -73,6 +73,7 @@ def _blocks(width: int) -> tuple[int, int, int]:
     return block, triton.cdiv(width, block), max(1, block // 256)
 
 
+@on_its_device
 def embed(ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor, extra_ids: Tensor | None) -> Tensor:
     """tokens[ids] + tokens[extra_ids] + places[positions], (rows, width), as in `ops.embedding`."""
     extra = ids if extra_ids is None else extra_ids
@@ -91,6 +92,7 @@ def embed(ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor, extra_
     return out
 
 
+@on_its_device
 def embed_codes(codes: Tensor, tables: list[Tensor], places: Tensor) -> Tensor:
     """places + the sum of tables[i][codes[..., i]], (batch, time, width), as in `ops.embedding`."""
     assert 0 < len(tables) <= MAX_CODEBOOKS and len(tables) <= codes.shape[2]

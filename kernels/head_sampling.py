@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bark_fast.kernels.philox import STEP, exponential_run, load_place
 from bark_fast.kernels.sampling import GIVEN, NO_NOISE, PHILOX, load_window
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, on_its_device
 from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, EOS = (tl.constexpr(int(c)) for c in (RuleInt.DIALECT, RuleInt.GREEDY, RuleInt.EOS))
@@ -215,6 +215,7 @@ def head_scratch(window: int, rows: int, device: torch.device) -> tuple[Tensor, 
     return parts, torch.zeros(1, dtype=torch.int32, device=device)
 
 
+@on_its_device
 def head_sample(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, noise: Tensor | None, rules: Tensor,
     numbers: Tensor, places: Tensor | None, window: int, tokens: Tensor | None = None,

@@ -9,8 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from bark_fast.kernels.norm_linear import linear
+from bark_fast.kernels.target import on_its_device
 
 
+@on_its_device
 def layernorm_gelu_mlp(
     x: Tensor,
     norm: tuple[Tensor, Tensor | None],

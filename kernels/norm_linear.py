@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bark_fast.kernels import gemv, matmul
 from bark_fast.kernels.layer_norm import epilogue_, layer_norm
-from bark_fast.kernels.target import Target, target_of
+from bark_fast.kernels.target import Target, on_its_device, target_of
 
 Plan: TypeAlias = gemv.Tile | matmul.Tile | None
 """The kernel that multiplies and its tile; None is cuBLAS."""
@@ -52,6 +52,7 @@ def plan(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Plan:
     return matmul.tile(target, dtype, rows, n, k) if rows <= MATMUL_ROWS[dtype] else None
 
 
+@on_its_device
 def linear(
     x: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.attention import HEAD_DIMS, LOG2_E, wide
-from bark_fast.kernels.target import COMPILE, target_of
+from bark_fast.kernels.target import COMPILE, on_its_device, target_of
 
 PAGE_SIZES = (16, 32, 64)
 MAX_PARTS = 32
@@ -209,6 +209,7 @@ def check_pages(*pages: Tensor) -> None:
         assert each.shape[2] in PAGE_SIZES and each.shape[3] in HEAD_DIMS and each.dtype == pages[0].dtype
 
 
+@on_its_device
 def paged_attention(
     query: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, query_starts: Tensor,
     out: Tensor, scale: float, partials: Tensor | None, counters: Tensor | None, slots: Tensor | None = None,
@@ -247,6 +248,7 @@ def paged_attention(
     )  # fmt: skip
 
 
+@on_its_device
 def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """K and V of each row to its slot, as in `ops.paged_kv`."""
     check_pages(k_pages, v_pages)
@@ -261,6 +263,7 @@ def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> N
         )  # fmt: skip
 
 
+@on_its_device
 def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     """Whole pages within K and V, pair by pair, as in `ops.paged_kv`."""
     check_pages(k_pages, v_pages)
@@ -273,6 +276,7 @@ def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
         )  # fmt: skip
 
 
+@on_its_device
 def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> None:
     """The first `length` tokens of one sequence, as in `ops.paged_kv`."""
     check_pages(pages)

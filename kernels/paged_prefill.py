@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
-from bark_fast.kernels.target import COMPILE, Target, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, target_of
 
 
 def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, pairs: int) -> Blocks:
@@ -95,6 +95,7 @@ def _prefill_kernel(
     tl.store(target, normalized(total, acc).to(out.dtype.element_ty), inside[:, None])
 
 
+@on_its_device
 def paged_prefill(
     qkv: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, query_starts: Tensor,
     slots: Tensor, out: Tensor, scale: float, max_queries: int,

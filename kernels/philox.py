@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, on_its_device
 
 MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
@@ -94,6 +94,7 @@ def _exponential_kernel(
     tl.store(out + row[:, None] * out_stride + column[None, :], q, inside)
 
 
+@on_its_device
 def exponential(places: Tensor, width: int, rows_a_program: int = 1) -> Tensor:
     """Exp(1) variates (rows, width) fp32 of the places (rows, 4) int64."""
     assert places.dtype == torch.int64 and places.dim() == 2 and places.shape[1] == 4 and places.stride(1) == 1

@@ -28,7 +28,7 @@ from bark_fast.kernels.selection import (
     search,
     weights,
 )  # fmt: skip
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, on_its_device
 from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, WINDOWS, LOW0, HIGH0, LOW1, HIGH1, EOS, TOP_K = (tl.constexpr(int(c)) for c in RuleInt)
@@ -56,7 +56,7 @@ def load_window(rules, step, row, rule_stride, inside):
 
 @triton.jit
 def _divide(x, divisor, inverse):
-    """x / divisor rounded to nearest (Markstein), inverse = 1 / divisor: an IEEE division would be a call."""
+    """x / divisor to nearest (Markstein), inverse = 1 / divisor to nearest: a division each would be a call."""
     quotient = x * inverse
     corrected = tl.fma(tl.fma(-quotient, divisor, x), inverse, quotient)
     return tl.where(tl.abs(quotient) < 1e37, corrected, quotient)
@@ -94,7 +94,7 @@ def _sample_kernel(
     temperature = tl.where(greedy, 1.0, tl.load(number + TEMPERATURE, live, 1.0))
     eos_rule = has_eos & (tl.load(number + MIN_EOS_P, live, float("inf")) < float("inf"))
     window = logits + (row * logits_stride + tl.where(count > 0, low - logits_low, 0))[:, None]
-    inverse = 1.0 / temperature
+    inverse = tl.div_rn(1.0, temperature)
     temperature2, inverse2 = temperature[:, None], inverse[:, None]
 
     column = tl.arange(0, BLOCK)[None, :]
@@ -243,6 +243,7 @@ def _launch(window: int, rows_a_program: int, chunk: int, filters: bool) -> tupl
     )
 
 
+@on_its_device
 def sample(
     logits: Tensor, noise: Tensor | None, rules: Tensor, numbers: Tensor, places: Tensor | None, window: int,
     logits_low: int = 0, filters: bool = True, tokens: Tensor | None = None, flag: Tensor | None = None,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,21 @@ _assumed: ContextVar[Target] = ContextVar("assumed_target", default=KNOWN[90])
 def target_of(device: torch.device) -> Target:
     """The GPU behind `device`; for a device that is none (the interpreter, tracers), the one assumed."""
     return _cuda_target(device.index) if device.type == "cuda" else _assumed.get()
+
+
+def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`launch` with the GPU of its first argument as the current one, which Triton launches on."""
+
+    @wraps(launch)
+    def launched(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        tensor = arguments[0]
+        assert isinstance(tensor, Tensor)
+        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+            return launch(*arguments, **named)
+        with torch.cuda.device(tensor.device):
+            return launch(*arguments, **named)
+
+    return launched
 
 
 @contextmanager

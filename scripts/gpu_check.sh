@@ -39,16 +39,21 @@ part doctor 60 python3 -m bark_fast.cli doctor
 # most of a first test's time is Triton compiling on the CPU, so several run at once where xdist is there
 workers=()
 python3 -c "import xdist" 2> /dev/null && workers=(-n 6)
-part tests 200 python3 -m pytest -m gpu -q --import-mode=importlib -p no:cacheprovider "${workers[@]}" tests &
-part memcheck 200 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    python3 -m pytest -m gpu -q --import-mode=importlib -p no:cacheprovider tests/ops/test_paged_kv.py &
+pytest=(python3 -m pytest -m gpu -q --import-mode=importlib -p no:cacheprovider --continue-on-collection-errors)
+part tests 200 "${pytest[@]}" "${workers[@]}" tests &
+# allocations of their own, or an overrun would end in a neighbour's; a driver call that torch lets fail is no fault
+part memcheck 200 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    --report-api-errors no "${pytest[@]}" -k "not captured" tests/ops/test_paged_kv.py &
 wait
 
 # large takes a while to make, and three benchmarks speak with it
 large=(--device cuda --size large --dtype bfloat16 --checkpoints "$checkpoints")
 part decode 120 python3 benchmarks/bench_decode.py "${large[@]}"
 part engine 90 python3 benchmarks/bench_engine.py "${large[@]}" --case alone many
-for name in attention norm_linear mlp sampling paged_kv_cuda; do
+some=(--dtype bfloat16 --rows 1 8 1024) # of the linear layers: all of them take minutes to compile
+part norm_linear 45 python3 benchmarks/bench_norm_linear.py "${some[@]}"
+part mlp 45 python3 benchmarks/bench_mlp.py "${some[@]}"
+for name in attention sampling paged_kv_cuda; do
     part "$name" 45 python3 "benchmarks/bench_$name.py"
 done
 part e2e-large 90 python3 benchmarks/bench_e2e.py "${large[@]}" --seconds 5 --repeats 1 --peers transformers

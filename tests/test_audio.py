@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bark_fast.audio import Audio, Tokens, atomic_write, check_audio_path, check_writable
 from bark_fast.errors import InvalidInput, OutputError
+
+soundfile = pytest.importorskip("soundfile")
 
 RATE = 24_000
 

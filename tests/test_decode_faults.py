@@ -13,7 +13,7 @@ import torch
 from engine_load import runner_of
 
 from bark_fast import loading
-from bark_fast.engine import burst, capture, decode_loop
+from bark_fast.engine import burst, capture
 from bark_fast.engine.capture import GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.graph_runner import GraphRunner

@@ -7,7 +7,6 @@ import re
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +24,8 @@ from bark_fast import (
 )
 from bark_fast.progress import ProgressBar
 from bark_fast.stages.semantic import max_tokens
+
+soundfile = pytest.importorskip("soundfile")
 
 LONG = "This is a sentence of some length, spoken slowly. " * 40
 

@@ -31,7 +31,8 @@ def test_nothing_is_copied_within_the_host() -> None:
 def test_the_host_does_not_wait_for_the_device() -> None:
     source = torch.arange(48).view(6, 8)
     target = torch.zeros(6, 8, dtype=torch.int64, device="cuda")
-    sent(source, target.device)  # pinned memory is taken from the system once, and that waits
+    held = [source.pin_memory() for _ in range(2)]  # taken from the system here, which waits, and then kept
+    del held
     torch.cuda.synchronize()
     torch.cuda._sleep(SOME_SECONDS)
     arriving = sent(source, target.device)
@@ -39,6 +40,17 @@ def test_the_host_does_not_wait_for_the_device() -> None:
     assert not torch.cuda.current_stream().query()
     source.zero_()  # the copies are of what was there when they were asked for
     assert torch.equal(arriving, target) and arriving.cpu().flatten().tolist() == list(range(48))
+
+
+@pytest.mark.gpu
+def test_what_comes_to_the_host_has_arrived() -> None:
+    source = torch.zeros(2**20, dtype=torch.int64, device="cuda")
+    target = torch.full((2**20,), 7)
+    for arrive in (lambda: sent(source, torch.device("cpu")), lambda: (overwrite(target, source), target)[1]):
+        source.zero_()
+        torch.cuda._sleep(SOME_SECONDS // 10)
+        source.fill_(3)
+        assert (arrive() == 3).all()
 
 
 @pytest.mark.gpu

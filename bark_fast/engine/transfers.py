@@ -1,7 +1,7 @@
 """Tensors on their way to a device, without the host waiting for what the device still has to do.
 
 A copy out of pageable memory returns when all that was launched before it is done: a burst, for one. A copy
-out of pinned memory is enqueued as a kernel is; torch gives the memory to nobody else until it is over. The other way,
+out of pinned memory is enqueued as a kernel is; torch gives the memory to nobody else until it is over. For one
 to the host, the host has to wait: what it reads next must have arrived.
 """
 

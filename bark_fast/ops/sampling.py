@@ -182,9 +182,9 @@ def _head_sample(
 
 def _exponential(places: Tensor, width: int) -> Tensor:
     if uses_triton(places):
-        from bark_fast.kernels import philox
+        from bark_fast.kernels import philox as kernels
 
-        noise: Tensor = philox.exponential(places, width)
+        noise: Tensor = kernels.exponential(places, width)
         return noise
     rows = [
         PhiloxNoise(seed_of(seed), places.device).codes(chunk, stream, step, 1, width)

@@ -21,6 +21,8 @@ BARK = [(257, 257), (887, 887), (60, 947), (1024, 1024)]
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+if HAS_GPU:  # all of them, then, say what a GPU computes
+    pytestmark = pytest.mark.gpu
 cuda = partial(pytest.param, marks=pytest.mark.gpu)
 cpu = partial(pytest.param, marks=pytest.mark.skipif(HAS_GPU, reason="beside a GPU nothing is interpreted"))
 

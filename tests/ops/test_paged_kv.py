@@ -137,6 +137,22 @@ def test_new_rows_are_stored_and_seen(isa: str, dtype: torch.dtype, head_dim: in
     check_append(make_batch(*NEW, n_head=2, head_dim=head_dim, dtype=dtype, pad=24))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("head_dim", [8, 24, 256])
+def test_heads_of_other_sizes_run_on_torch(device: str, head_dim: int) -> None:
+    batch = make_batch(*NEW, n_head=2, head_dim=head_dim)
+    check_append(batch, device)
+    there = batch.to(device)
+    table, length = there.block_table[4], int(batch.lengths[4])
+    expected = contiguous(batch.k_pages, batch.block_table[4], length)
+    assert torch.equal(
+        paged_kv.gather_kv(there.k_pages, table, length).cpu().nan_to_num(), expected.nan_to_num()
+    )
+    pair = torch.tensor([[int(batch.block_table[4, 0]), 0]], dtype=torch.int32)
+    paged_kv.copy_pages(there.k_pages, there.v_pages, pair.to(device))
+    assert torch.equal(there.k_pages[0], there.k_pages[pair[0, 0]])
+
+
 def test_new_rows_before_the_first_token_are_ignored(isa: str) -> None:
     check_append(make_batch([0, 2, 5, 1], [2, 4, 0, 1], n_head=2))
 
@@ -338,6 +354,15 @@ def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_rows_without_a_sequence_are_refused(device: str) -> None:
+    batch = make_batch([20]).to(device)
+    none = batch.block_table[:0], batch.lengths[:0], batch.query_starts[:1]
+    with pytest.raises(ValueError, match="block_table has no sequence; expected one or more for 1 rows"):
+        paged_kv.paged_attention(batch.query, batch.k_pages, batch.v_pages, *none, batch.out())
+
+
+@needs_compiled
 def test_what_is_not_a_tensor_is_refused() -> None:
     pages = torch.zeros(2, 12, 16, 64)
     with pytest.raises(ValueError, match="pairs is not a tensor"):
@@ -463,12 +488,17 @@ def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths() -> None:
     stored_out = batch.out()
     graph = torch.cuda.CUDAGraph()
     tables = batch.block_table, batch.lengths, batch.query_starts
-    with torch.cuda.graph(graph):
+
+    def step() -> None:
         paged_kv.append_kv(batch.qkv, batch.k_pages, batch.v_pages, slots)
         paged_kv.paged_attention(*batch.arguments(), out, scratch=scratch)
         paged_kv.append_attention(
             batch.qkv, batch.k_pages, batch.v_pages, *tables, place, stored_out, scratch=scratch
         )
+
+    step()  # if the extension lacks CUDA, Triton compiles here
+    with torch.cuda.graph(graph):
+        step()
     for length in (1000, 17, 513):
         batch.lengths.fill_(length)
         graph.replay()

@@ -19,6 +19,8 @@ FLOOR = {torch.float32: 2e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 EDGES = [1, 15, 16, 17, 63, 64, 65, 129, 640, 1024]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+if HAS_GPU:  # all of them, then, say what a GPU computes
+    pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

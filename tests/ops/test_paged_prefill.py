@@ -15,6 +15,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOOR = {torch.float32: 3e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
+if HAS_GPU:  # all of them, then, say what a GPU computes
+    pytestmark = pytest.mark.gpu
 RAGGED = ([1, 16, 17, 70, 100, 40], [1, 16, 5, 70, 33, 0])
 """(tokens, new ones among them): nothing cached, a page, a page and more, and no new rows."""
 

@@ -205,7 +205,7 @@ def test_philox_noise_of_rows_wider_than_a_chunk(values: dict[str, Any]) -> None
 def _divide_kernel(x, divisor, out, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
     by = tl.load(divisor + at)
-    tl.store(out + at, kernels._divide(tl.load(x + at), by, 1.0 / by))
+    tl.store(out + at, kernels._divide(tl.load(x + at), by, tl.div_rn(1.0, by)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -66,6 +67,20 @@ def test_arguments(peer, options):
         assert str(got) == str(expected)
     else:
         speech_equal(expected, got)
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_heads_of_a_size_that_only_torch_has():
+    """24: neither Bark's, nor any the extension and Triton have."""
+    transformers = hf()
+    configuration = import_module("transformers.models.bark.generation_configuration_bark")
+    sizes = {"hidden_size": 48, "num_heads": 2, "num_layers": 2, "block_size": 1024}
+    config = transformers.BarkSemanticConfig(input_vocab_size=129_600, output_vocab_size=10_048, **sizes)
+    model = transformers.BarkSemanticModel(config).eval()
+    settings = configuration.BarkSemanticGenerationConfig(max_new_tokens=40, min_eos_p=None)
+    prompt = torch.randint(0, 1000, (2, 256), generator=torch.Generator().manual_seed(0))
+    expected, got = both(model, lambda model: model.generate(prompt, settings))
+    assert torch.equal(got, expected) and got.shape == (2, 40)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
