@@ -46,21 +46,32 @@ class Admission:
             sequence = one.sequence
             if sequence is None or (full and not sequence.admitted):
                 continue
-            later = len(sequence.pending) > PAGE_SIZE and self._shares_later(sequence, everybody, batch)
             rows = len(sequence.pending) if len(sequence.pending) == 1 else min(len(sequence.pending), budget)
+            if rows == 0:  # not in this step, whatever the others hold: looking at all of them takes long
+                if not sequence.admitted:
+                    self._let_wait(sequence)
+                continue
+            later = len(sequence.pending) > PAGE_SIZE and self._shares_later(sequence, everybody, batch)
+            rows = min(rows, len(sequence.pending))
             if not sequence.admitted:
                 fits = self._admits(model, sequence, everybody)
-                if later or rows == 0 or not fits:
-                    sequence.forget()  # who waits holds nothing, not even what is shared
+                if later or not fits:
+                    self._let_wait(sequence)
                     full = full or not fits
                     continue
                 sequence.admitted = True
-            if later or rows == 0:
+            if later:
                 continue
             budget -= rows if len(sequence.pending) > 1 else 0
             sequence.grant(rows)
             batch.append((one, sequence))
         return batch
+
+    @staticmethod
+    def _let_wait(sequence: Sequence) -> None:
+        """Who waits holds nothing, not even what is shared."""
+        if sequence.cached:
+            sequence.forget()
 
     def _shares_later(self, sequence: Sequence, everybody: Items[Active[Any]], batch: Planned) -> bool:
         """Share what pages of others hold; say whether one of `batch` is about to feed more of that."""

@@ -27,12 +27,16 @@ class DrawnAhead(Protocol):
 
 
 class Rewindable:
-    """Consecutive draws of a torch generator, the last of which can be taken back."""
+    """Consecutive draws of a torch generator, the last of which can be taken back.
+
+    An interrupt may come at any call: a draw that was not held by then is made again, and is the same.
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
         self._draws: dict[int, tuple[Tensor, Tensor]] = {}  # of each step, and the generator's state after it
         self._state: Tensor | None = None  # before the first of these
+        self._undo: Tensor | None = None  # before the one that is being drawn
         self._next: int | None = None
 
     def at(self, step: int, draw: Callable[[], Tensor]) -> Tensor:
@@ -42,21 +46,27 @@ class Rewindable:
                 raise GenerationError(
                     f"noise of step {step} was asked for where {self._next} comes next; report this"
                 )
+            if self._undo is not None:
+                self.generator.set_state(self._undo)
+            self._undo = self.generator.get_state()
+            drawn = draw(), self.generator.get_state()
             if not self._draws:
-                self._state = self.generator.get_state()
-            self._draws[step] = draw(), self.generator.get_state()
-            self._next = step + 1
+                self._state = self._undo
+            self._draws[step], self._next, self._undo = drawn, step + 1, None
         return self._draws[step][0]
 
     def used(self, step: int) -> None:
         """The draws up to `step` need not be taken back."""
         for one in [one for one in self._draws if one <= step]:
-            self._state = self._draws.pop(one)[1]
+            self._state = self._draws[one][1]
+            del self._draws[one]
 
     def settle(self) -> None:
         """Set the generator back to where it stood after the last draw used."""
-        if self._draws and self._state is not None:
-            self.generator.set_state(self._state)
+        before = self._state if self._draws else self._undo
+        if before is not None:
+            self.generator.set_state(before)
+        self._undo = None
         self._draws.clear()
         self._next = None
 
@@ -83,19 +93,22 @@ class HeldNoise:
         """As `NoiseSource.token`."""
         place = (chunk, stream, step)
         if self._held is None or place != self._place:
-            if self._ahead is not None and self._series == (chunk, stream) and self._ahead.holds(step):
-                self._held = self.ahead(rule, chunk, stream, step)
-                self._ahead.used(step)
+            if self._ahead is None:
+                drawn = _own(self.source.token(rule, chunk, stream, step))
             else:
-                self.settle()
-                self._held = _own(self.source.token(rule, chunk, stream, step))
-            self._place = place
+                if self._series != (chunk, stream) or not self._ahead.holds(step):
+                    self.settle()
+                drawn = self.ahead(rule, chunk, stream, step)
+            self._held, self._place = drawn, place
+        self.used(step)
         return self._held
 
     def ahead(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
         """Of `DrawnAhead`."""
         if self._ahead is None:
             raise GenerationError(f"{type(self.source).__name__} cannot be drawn ahead; report this")
+        if self._held is not None and self._place == (chunk, stream, step):
+            return self._held  # of a step that was not taken
         if self._series != (chunk, stream):
             self.settle()
             self._series = (chunk, stream)
@@ -116,8 +129,14 @@ class HeldNoise:
         place = (chunk, stream, first_step, rows)
         if self._held is None or place != self._place:
             self.settle()
-            self._held = _own(self.source.codes(chunk, stream, first_step, rows, width))
-            self._place = place
+            self._series = None  # of no steps that could be drawn ahead
+
+            def draw() -> Tensor:
+                return _own(self.source.codes(chunk, stream, first_step, rows, width))
+
+            drawn = draw() if self._ahead is None else self._ahead.at(first_step, draw)
+            self._held, self._place = drawn, place
+        self.used(first_step)
         return self._held
 
     def skip(self, rule: SamplingRule, steps: int) -> None:

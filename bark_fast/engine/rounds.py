@@ -56,13 +56,14 @@ class Rounds(Generic[T]):
 
         Another thread may be in a round meanwhile.
         """
-        self.waiting.append([
+        queued = [
             Active(
                 owner, index, one.stage,
                 one.noise if isinstance(one.noise, PhiloxNoise) else HeldNoise(one.noise), one.group,
             )
             for index, one in party
-        ])  # fmt: skip
+        ]  # fmt: skip
+        self.waiting.append(queued)  # looked up now: an iterator collected meanwhile leaves another queue
 
     def drop(self, owner: Owner, index: int | None = None) -> None:
         """End the owner's utterances, or the one of this index, waiting or under way, without an outcome."""

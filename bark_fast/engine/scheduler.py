@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from threading import Condition, get_ident
+from threading import Condition, RLock, get_ident
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,10 @@ Observer = Callable[[int, Work, int], None]
 """Called with (utterance index, its current work, tokens drawn or passes done within it)."""
 
 
+WAKE_UP = 1.0
+"""Seconds after which who waits looks for itself: an interrupt may come before others are notified."""
+
+
 class Scheduler(Generic[T]):
     """Shares one runner among the callers of all threads; their utterances go on in the same batches.
 
@@ -30,8 +34,10 @@ class Scheduler(Generic[T]):
 
     def __init__(self, runner: Runner, max_batch: int = 16, limits: Limits | None = None) -> None:
         self.rounds: Rounds[T] = Rounds(runner, limits or Limits(utterances=max_batch))
-        self._turn = Condition()
+        self._lock = RLock()  # entered in C: no interrupt comes between taking it and the body of its `with`
+        self._turn = Condition(self._lock)
         self._leader: int | None = None
+        self._letting_go = False
         self._leaving: deque[tuple[Session[T], int | None]] = deque()
 
     def run(
@@ -60,43 +66,50 @@ class Scheduler(Generic[T]):
         """Carry out a round, or wait while another thread does."""
         leading = False
         try:
-            with self._turn:
+            with self._lock:
                 if self._leader == get_ident():
                     raise GenerationError("a result was waited for from inside the work on it; wait outside")
                 if self._leader is not None:
-                    self._turn.wait()
+                    self._turn.wait(WAKE_UP)
                     return
                 leading = True
                 self._leader = get_ident()
             self.rounds.round()
         finally:
             if leading:
-                with self._turn:
+                with self._lock:
                     self._leader = None
-                    self._let_go()
-                    self._turn.notify_all()
+                    try:
+                        self._let_go()
+                    finally:
+                        self._turn.notify_all()
 
     def _enter(self, session: Session[T], party: list[tuple[int, Utterance[T]]]) -> None:
-        with self._turn:  # not while another session's are dropped from the queue
+        with self._lock:  # not while another session's are dropped from the queue
             self.rounds.enter(session, party)
 
     def _drop(self, session: Session[T], index: int | None = None) -> None:
         """End a session's utterances, or one, and give back what they hold, before this returns."""
         leaving = (session, index)
-        with self._turn:
+        with self._lock:
             self._leaving.append(leaving)
             while leaving in self._leaving:
+                # a forgotten iterator, collected in the midst of a round or of letting others go
+                if self._letting_go or self._leader == get_ident():
+                    return
                 if self._leader is None:
                     self._let_go()
-                elif self._leader == get_ident():  # a forgotten iterator, collected in the midst of a round
-                    return
                 else:  # the one at work lets go of everybody who leaves before it begins another round
-                    self._turn.wait()
+                    self._turn.wait(WAKE_UP)
 
     def _let_go(self) -> None:
-        while self._leaving:
-            self.rounds.drop(*self._leaving[0])
-            self._leaving.popleft()  # after it: an interrupt may come at any time, and twice does no harm
+        self._letting_go = True  # by this thread, which has the lock
+        try:
+            while self._leaving:
+                self.rounds.drop(*self._leaving[0])
+                self._leaving.popleft()  # after it: an interrupt may come at any time, and twice does no harm
+        finally:
+            self._letting_go = False
 
 
 class Session(Generic[T]):

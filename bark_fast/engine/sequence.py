@@ -122,8 +122,9 @@ class Sequence:
         """
         if self.draws and not tokens:
             raise GenerationError(f"{self.work.model}'s runner drew no token at step {self.step}; report this")
-        self.cached += self.feed
-        self.pending = self.pending[len(self.feed) :]
+        rest = self.pending[len(self.feed) :]
+        self.cached += self.feed  # no call from here on: an interrupt comes at calls, and finds all or nothing
+        self.pending = rest
         self.feed = []
         for token in tokens:
             self._take(token)
@@ -138,14 +139,15 @@ class Sequence:
                 f"{self.work.model} produced logits that are NaN or infinite at step {self.step}; "
                 f"check the checkpoint, or use dtype float32 or bfloat16"
             )
-        self.cached += self.pending
+        last = len(self.drawn) + 1 >= self.work.max_new_tokens
+        self.cached += self.pending  # no call from here on
         self.pending = []
         self.steps += 1
         self.done = token == self.work.rule.eos_token
         if not self.done:
-            self.drawn.append(token)
+            self.drawn += [token]
             self.pending = [token]
-            self.done = len(self.drawn) >= self.work.max_new_tokens
+            self.done = last
 
     def result(self) -> Decoded:
         """What was drawn, EOS left out."""
