@@ -159,11 +159,17 @@ def plan_cuda(
     nvcc = (str(path), *(("-ccbin", cxx[0]) if len(cxx) == 1 else ()))
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX for later GPUs
-    compiler = (*nvcc, *NVCC_FLAGS, *codes, f"-I{CSRC}", *defines)
+    compiler = (*nvcc, *NVCC_FLAGS, *host_flags("CXXFLAGS"), *codes, f"-I{CSRC}", *defines)
     steps = [compile_step(compiler, source, folder) for source in sorted(CSRC.glob("*.cu"))]
     home = path.parent.parent
     libraries = [f"-L{home / name}" for name in ("lib64", "lib") if (home / name).is_dir()]
-    return steps, (*nvcc, "-shared", "-cudart", "static", "-Xcompiler=-pthread", "-Xlinker=-s", *libraries)
+    linker = (*nvcc, "-shared", "-cudart", "static", "-Xcompiler=-pthread", "-Xlinker=-s", *libraries)
+    return steps, (*linker, *host_flags("LDFLAGS"))
+
+
+def host_flags(variable: str) -> tuple[str, ...]:
+    """An environment variable's flags for the C++ compiler that nvcc calls. It takes commas for its own."""
+    return tuple("-Xcompiler=" + flag.replace(",", r"\,") for flag in shlex.split(os.environ.get(variable, "")))
 
 
 def compile_step(compiler: tuple[str, ...], source: Path, folder: Path) -> Step:
@@ -233,7 +239,7 @@ class BuildExtension(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         stale = [output.parent / missing]
         if self.beside_sources:
-            stale += [ROOT / "bark_fast" / missing, *(ROOT / "bark_fast").glob(f"_C*{output.suffix}")]
+            stale += [ROOT / "bark_fast" / missing, ROOT / "bark_fast" / output.name]
         for path in [output, *stale]:
             path.unlink(missing_ok=True)
         try:

@@ -32,6 +32,7 @@ constexpr int64_t kMostUnits = 4;
 }  // namespace
 
 void AttentionPlan::make(const Attention& call, int threads) {
+    threads = std::max(threads, 1);
     jobs.clear();
     units = bytes = 0;
     int64_t floats = 0, key_heads = 0;
@@ -73,7 +74,7 @@ void AttentionPlan::make(const Attention& call, int threads) {
 AttentionStage::AttentionStage(const Attention& call, AttentionPlan& plan, int threads, const Append* append)
     : call_(call), plan_(&plan), append_(append), kernels_(&kernels_for(call.dtype, call.pages.head_dim)) {
     // neighbouring heads lie next to each other in every page, so a thread takes a few at a time
-    grain_ = std::max<int64_t>(1, std::min(plan.units / (int64_t{threads} * kUnitsPerThread), kMostUnits));
+    grain_ = std::max<int64_t>(1, std::min(plan.units / (int64_t{std::max(threads, 1)} * kUnitsPerThread), kMostUnits));
 }
 
 const AttentionPlan::Job& AttentionStage::job_of(int64_t index) const {

@@ -138,8 +138,8 @@ def tokens_of(outcome: Outcome) -> Any:
     ]
 
 
-def spoken_alone(runner: EagerRunner, request: Spoken) -> list[Any]:
+def spoken_alone(runner: EagerRunner, request: Spoken, kind: type[SmallRunner] = SmallRunner) -> list[Any]:
     """What each utterance of the request says when nothing else is under way, fed whole."""
-    scheduler: Scheduler = Scheduler(SmallRunner(runner), limits=Limits(prefill_rows=10_000))
+    scheduler: Scheduler = Scheduler(kind(runner), limits=Limits(prefill_rows=10_000))
     outcomes = sorted(scheduler.run(request.utterances()), key=lambda outcome: outcome.index)
     return [tokens_of(outcome) for outcome in outcomes]

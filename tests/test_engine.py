@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from engine_load import BurstingRunner, random_request, spoken_alone
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -346,3 +348,50 @@ class TestSharedPages:
         samples = suno_bark.generate("One.", n=3, seed=5, max_seconds=0.4)
         alone = [suno_bark.generate("One.", seed=5 + i, max_seconds=0.4) for i in range(3)]
         assert all(map(same, samples, alone))
+
+
+@pytest.fixture(params=["torch.float64", "torch.bfloat16", "meta", "autocast"])
+def ambience(request):
+    """Defaults of torch that somebody else has set."""
+    before = torch.get_default_dtype()
+    if request.param == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            yield request.param
+    elif request.param == "meta":  # a device that computes nothing: what is made there by mistake shows
+        with torch.device("meta"):
+            yield request.param
+    else:
+        torch.set_default_dtype(getattr(torch, request.param.removeprefix("torch.")))
+        yield request.param
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def bursts_in_quiet(suno_bark):
+    """Requests of either kind of noise, and what they say."""
+    rng, found = np.random.default_rng(1), {}
+    while len(found) < 2:
+        request = random_request(rng)
+        found[request.rng] = request, spoken_alone(suno_bark.runner, request, BurstingRunner)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def in_quiet(suno_bark, hf_bark):
+    """What is said under torch's own defaults."""
+    return {
+        (bark, rng): bark.generate("One. Two.", seed=3, rng=rng, max_seconds=0.6).tokens.fine
+        for bark in (suno_bark, hf_bark)
+        for rng in ("philox", "torch")
+    }
+
+
+def test_torchs_defaults_are_the_callers_business(in_quiet, ambience):
+    for (bark, rng), expected in in_quiet.items():
+        said = bark.generate("One. Two.", seed=3, rng=rng, max_seconds=0.6)
+        assert np.array_equal(said.tokens.fine, expected), rng
+
+
+def test_torchs_defaults_leave_bursts_alone(bursts_in_quiet, ambience, suno_bark):
+    for request, expected in bursts_in_quiet:
+        assert spoken_alone(suno_bark.runner, request, BurstingRunner) == expected, request.rng

@@ -303,7 +303,7 @@ def test_cancelled_after_any_round(suno_bark, load):
                 ended += session.wait()
             if ended:
                 break
-            session.cancel(0)
+            session.cancel([0])
             assert not runner.leaks() and not scheduler.rounds.active, rounds
             if rounds % 30 == 0:
                 session.add([(1, overlapping(bystander)[0])])
@@ -376,7 +376,7 @@ def test_a_branch_within_a_branch_ends_with_the_outermost(suno_bark):
         for _ in range(5):
             session.wait()
         assert runner.leaks()
-        session.cancel(0)
+        session.cancel([0])
         assert sorted(closed) == ["leaf", "middle"]
         assert not runner.leaks() and not scheduler.rounds.active
 

@@ -21,7 +21,8 @@ from engine_load import (
 
 from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.python_page_pool import PythonPagePool
-from bark_fast.engine.scheduler import Limits, Scheduler, Session, Utterance
+from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utterance
+from bark_fast.engine.worker import Worker
 from bark_fast.errors import OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.sampling import SamplingRule
@@ -304,12 +305,12 @@ class TestFaults:
             for index, (request, _) in enumerate(five(load)):
                 session.add([(index, request.utterances()[0])])
             if kind == "open":  # before anything has run
-                session.cancel(VICTIM)
+                session.cancel([VICTIM])
             while session.pending:
                 got.update((one.index, one) for one in session.wait())
                 if seen:
-                    session.cancel(VICTIM)
-                    session.cancel(VICTIM)  # nothing to do
+                    session.cancel([VICTIM])
+                    session.cancel([VICTIM])  # nothing to do
                     seen.clear()
                     got.pop(VICTIM, None)
         assert got.keys() == {0, 1, 3, 4}
@@ -506,3 +507,70 @@ def test_no_warning_without_a_fault(suno_bark, load):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(Scheduler(SmallRunner(suno_bark.runner)).run([r.utterances()[0] for r, _ in five(load)]))
+
+
+def test_outcomes_come_after_their_last_events(suno_bark):
+    """Another thread may carry out a round while events are reported."""
+    last = Vocode(np.zeros((8, 1), dtype=np.int64), 0)
+    seen = []
+
+    def observer(index, work, done):
+        seen.append(work)
+        if len(seen) == 1:  # meanwhile the other thread comes to the end
+            session.ended(Outcome(0))
+            session._events.append((0, last, 1))
+
+    session = Session(Scheduler(SmallRunner(suno_bark.runner)), observer)
+    session.add([(0, Utterance(forever(), PhiloxNoise(0, CPU)))])
+    while not (ended := session.wait()):
+        pass
+    assert len(ended) == 1 and last in seen
+    session.cancel([0])
+
+
+def test_warnings_that_are_errors_still_show_who_is_at_fault(suno_bark, load):
+    class Failing(SmallRunner):
+        failures = 1
+
+        def fine(self, passes, noise):
+            if len(passes) > 1 and self.failures:
+                self.failures -= 1
+                raise RuntimeError("once")
+            return super().fine(passes, noise)
+
+    scheduler, spoken, raised = Scheduler(Failing(suno_bark.runner)), {}, 0
+    with Session(scheduler) as session, warnings.catch_warnings():
+        for index, (request, _) in enumerate(five(load)):
+            session.add([(index, request.utterances()[0])])
+        warnings.simplefilter("error")
+        while session.pending:
+            try:
+                spoken.update((one.index, tokens_of(one)) for one in session.wait())
+            except RuntimeWarning:
+                raised += 1
+                assert sum(one.alone for one in scheduler.rounds.active) > 1
+    assert raised == 1
+    assert [spoken[index] for index in range(5)] == [alone[0] for _, alone in five(load)]
+
+
+def test_many_are_cancelled_in_one_go(suno_bark, monkeypatch):
+    scheduler = Scheduler(SmallRunner(suno_bark.runner), max_batch=2)
+    dropped = []
+    drop = type(scheduler.rounds).drop
+    monkeypatch.setattr(
+        type(scheduler.rounds), "drop", lambda rounds, *some: dropped.append(some) or drop(rounds, *some)
+    )
+    worker = Worker(scheduler)
+    numbers = worker.numbers(200)
+    for number in numbers:
+        worker.submit({number: Utterance(forever(), PhiloxNoise(number, CPU))}, lambda outcome: None)
+    worker.cancel(numbers)
+    worker.settle()
+    assert sum(indices is not None for _, indices in dropped) <= 2
+    assert not scheduler.rounds.active and not scheduler.rounds.waiting and not worker.under_way
+
+
+def forever():
+    """Draws until it is closed."""
+    while True:
+        yield Decode("coarse", np.arange(10_000, 10_040), RULE, 20)

@@ -105,17 +105,18 @@ class DecodeLoop:
         buffers = self._prepare(self.shape)
         overwrite(buffers.integers, packed.integers)
         overwrite(buffers.numbers, packed.numbers)
+        on_host = partial(torch.tensor, device="cpu")  # whatever torch's default device is
         host = DecodeState.empty(bucket, self.pool.max_pages, BURST, "cpu")
         count, cached = len(rows), np.array([row.cached for row in rows])
         pages = tables[np.arange(count), cached // PAGE_SIZE].astype(np.int64)
         host.block_tables[:count] = torch.from_numpy(tables)
-        host.ids[:count] = torch.tensor([(got[row.sequence] or row.sequence.feed)[-1] for row in rows])
+        host.ids[:count] = on_host([(got[row.sequence] or row.sequence.feed)[-1] for row in rows])
         host.positions[:count] = torch.from_numpy(cached)
         host.lengths[:count] = torch.from_numpy(cached + 1)
         host.slots[:count] = torch.from_numpy(pages * PAGE_SIZE + cached % PAGE_SIZE)
-        host.places[:count] = torch.tensor([place_of(row) for row in rows])
-        host.remaining[:count] = torch.tensor([row.left for row in rows])
-        host.eos[:count] = torch.tensor([-1 if rule.eos_token is None else rule.eos_token for rule in rules])
+        host.places[:count] = on_host([place_of(row) for row in rows])
+        host.remaining[:count] = on_host([row.left for row in rows])
+        host.eos[:count] = on_host([-1 if rule.eos_token is None else rule.eos_token for rule in rules])
         for ours, theirs in zip(buffers.state.tensors(), host.tensors(), strict=True):
             overwrite(ours, theirs)
         return self._launch(rows, steps)
@@ -151,7 +152,7 @@ class DecodeLoop:
         drawn = self._buffers().state.drawn
         if self.pool.device.type != "cuda":
             return Burst(rows, steps, drawn.clone(), None)
-        arriving = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        arriving = torch.empty(drawn.shape, dtype=drawn.dtype, device="cpu", pin_memory=True)
         arriving.copy_(drawn, non_blocking=True)
         event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()

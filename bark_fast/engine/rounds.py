@@ -65,11 +65,11 @@ class Rounds(Generic[T]):
         ]  # fmt: skip
         self.waiting.append(queued)  # looked up now: an iterator collected meanwhile leaves another queue
 
-    def drop(self, owner: Owner, index: int | None = None) -> None:
-        """End the owner's utterances, or the one of this index, waiting or under way, without an outcome."""
+    def drop(self, owner: Owner, indices: Collection[int] | None = None) -> None:
+        """End the owner's utterances, or those of these indices, waiting or under way, without an outcome."""
 
         def meant(one: Active[T]) -> bool:
-            return one.owner is owner and index in (None, one.index)
+            return one.owner is owner and (indices is None or one.index in indices)
 
         for one in (one for party in list(self.waiting) for one in party if meant(one)):
             one.stage.close()
@@ -260,16 +260,16 @@ class Rounds(Generic[T]):
             if len(batch) == 1:
                 batch[0].answer = error
                 return None
-            warnings.warn(
+            for one in batch:
+                one.alone = True
+                if one.sequence is not None:
+                    one.sequence.forget()
+            warnings.warn(  # may raise, where warnings are errors
                 f"a batch of {len(batch)} utterances failed ({type(error).__name__}: {error}); they go on one "
                 f"by one until it shows which is at fault",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            for one in batch:
-                one.alone = True
-                if one.sequence is not None:
-                    one.sequence.forget()
             return None
 
     def _join(self) -> None:

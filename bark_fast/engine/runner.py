@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -151,8 +151,10 @@ class EagerRunner:
             positions += range(len(seq.cached), len(seq.cached) + len(seq.feed))
             if seq.draws:
                 drawing.append(len(ids) - 1)
-        merged = None if max(extra) == NO_TOKEN else sent(torch.tensor(extra), pool.device)
-        tokens_fed, places = (sent(torch.tensor(column), pool.device) for column in (ids, positions))
+        merged = None if max(extra) == NO_TOKEN else sent(torch.tensor(extra, device="cpu"), pool.device)
+        tokens_fed, places = (
+            sent(torch.tensor(column, device="cpu"), pool.device) for column in (ids, positions)
+        )
         if rows := pool.one_row_each(reserved):
             hidden = gpt.decode(tokens_fed, places, rows, merged)
         else:
@@ -217,13 +219,14 @@ class EagerRunner:
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
         with self._running("codec"):
             codes = torch.from_numpy(np.stack([work.codes for work in works])).to(self.devices["codec"])
-            return list(self.codec(codes).float().cpu().numpy())
+            samples = self.codec(codes).float().cpu().numpy()
+            return [row.copy() for row in samples]  # who keeps one must not keep all
 
     @contextmanager
     def _running(self, model: str) -> Iterator[None]:
         """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile."""
         device = self.devices[model]
-        with self._own_stream(device) if device.type == "cuda" else nullcontext():
+        with self._own_stream(device) if device.type == "cuda" else nullcontext(), _own_dtypes(device):
             if self.offloader is not None:
                 self.offloader.bring(model)
             yield
@@ -253,3 +256,9 @@ def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:
     for place, key in enumerate(keys):
         places[key].append(place)
     return places
+
+
+def _own_dtypes(device: torch.device) -> AbstractContextManager[object]:
+    """Against a caller's autocast: a model computes in the dtype it was loaded in."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from threading import Condition, RLock, get_ident
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -38,7 +38,7 @@ class Scheduler(Generic[T]):
         self._turn = Condition(self._lock)
         self._leader: int | None = None
         self._letting_go = False
-        self._leaving: deque[tuple[Session[T], int | None]] = deque()
+        self._leaving: deque[tuple[Session[T], frozenset[int] | None]] = deque()
 
     def run(
         self, utterances: Iterable[Utterance[T]], observer: Observer | None = None, limit: int | None = None
@@ -88,9 +88,9 @@ class Scheduler(Generic[T]):
         with self._lock:  # not while another session's are dropped from the queue
             self.rounds.enter(session, party)
 
-    def _drop(self, session: Session[T], index: int | None = None) -> None:
-        """End a session's utterances, or one, and give back what they hold, before this returns."""
-        leaving = (session, index)
+    def _drop(self, session: Session[T], indices: frozenset[int] | None = None) -> None:
+        """End a session's utterances, or these, and give back what they hold, before this returns."""
+        leaving = (session, indices)
         with self._lock:
             self._leaving.append(leaving)
             while leaving in self._leaving:
@@ -135,16 +135,17 @@ class Session(Generic[T]):
         """Work for a round, or wait while another caller does; report progress; return who ended."""
         if not self._outcomes and self._under_way:
             self._scheduler._work()
+        count = len(self._outcomes)  # whose events are all there; another thread may add to both now
         while self._events and self._observer is not None:
             self._observer(*self._events.popleft())
-        ended = [self._outcomes.popleft() for _ in range(len(self._outcomes))]
+        ended = [self._outcomes.popleft() for _ in range(count)]
         self._under_way.difference_update(outcome.index for outcome in ended)
         return ended
 
-    def cancel(self, index: int) -> None:
-        """End one utterance, without an outcome."""
-        self._scheduler._drop(self, index)
-        self._under_way.discard(index)
+    def cancel(self, indices: Collection[int]) -> None:
+        """End utterances, without an outcome."""
+        self._scheduler._drop(self, frozenset(indices))
+        self._under_way.difference_update(indices)
 
     def saw(self, index: int, work: Work, done: int) -> None:
         """Of `Owner`."""

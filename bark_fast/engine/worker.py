@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import partial
-from itertools import count
-from threading import Condition, Thread, current_thread
+from itertools import count, groupby
+from threading import Condition, RLock, Thread, current_thread
 from typing import Generic, TypeVar
 
 from bark_fast.engine.scheduler import Observer, Outcome, Scheduler, Session, Utterance
@@ -22,10 +21,12 @@ class Worker(Generic[T]):
 
     def __init__(self, scheduler: Scheduler[T]) -> None:
         self._scheduler = scheduler
-        self._changed = Condition()  # reentrant: an iterator may be collected, and give up, anywhere
+        # reentrant: an iterator may be collected, and give up, anywhere; entered in C, as the scheduler's
+        self._lock = RLock()
+        self._changed = Condition(self._lock)
         self._thread: Thread | None = None
         self._numbers = count()
-        self._orders: list[Callable[[Session[T]], None]] = []
+        self._orders: list[Mapping[int, Utterance[T]] | int] = []  # parties to begin with, numbers to give up
         self._ordered = self._carried_out = 0
         self._callers: dict[int, tuple[Callable[[Outcome[T]], None], Observer | None]] = {}
 
@@ -48,9 +49,9 @@ class Worker(Generic[T]):
 
         ended, observer: called in the worker's thread; they must not raise.
         """
-        with self._changed:
+        with self._lock:
             self._callers.update(dict.fromkeys(party, (ended, observer)))
-            self._order(lambda session: session.add(list(party.items())))
+            self._order(party)
             if self._thread is None:
                 self._thread = Thread(target=self._serve, name="bark-fast")
                 try:
@@ -94,14 +95,14 @@ class Worker(Generic[T]):
 
     def cancel(self, numbers: Iterable[int]) -> None:
         """Give up utterances; nothing happens if they have ended. Their `ended` is not called any more."""
-        with self._changed:
+        with self._lock:
             for number in numbers:
                 if self._callers.pop(number, None) is not None:
-                    self._order(partial(Session.cancel, index=number))
+                    self._order(number)
 
     def settle(self) -> None:
         """Wait until what was given up before this call holds nothing any more."""
-        with self._changed:
+        with self._lock:
             ordered = self._ordered
             self._changed.wait_for(lambda: self._carried_out >= ordered or self._thread is None)
 
@@ -109,7 +110,7 @@ class Worker(Generic[T]):
         """Whether this is called from the worker's own thread."""
         return current_thread() is self._thread
 
-    def _order(self, order: Callable[[Session[T]], None]) -> None:
+    def _order(self, order: Mapping[int, Utterance[T]] | int) -> None:
         self._orders.append(order)
         self._ordered += 1
 
@@ -120,7 +121,7 @@ class Worker(Generic[T]):
                     for outcome in session.wait():
                         self._report(outcome)
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 left, self._thread, self._orders = list(self._callers), None, []
                 self._carried_out = self._ordered
                 self._changed.notify_all()
@@ -130,14 +131,19 @@ class Worker(Generic[T]):
 
     def _go_on(self, session: Session[T]) -> bool:
         """Carry out the orders; say whether there is work. Who orders after a no starts a new thread."""
-        with self._changed:
+        with self._lock:
             orders, self._orders = self._orders, []
             if not orders and not session.pending:
                 self._thread = None
                 return False
-        for order in orders:
-            order(session)
-        with self._changed:
+        for giving_up, some in groupby(orders, lambda order: isinstance(order, int)):
+            if giving_up:
+                session.cancel([order for order in some if isinstance(order, int)])
+            else:
+                for party in some:
+                    assert not isinstance(party, int)
+                    session.add(list(party.items()))
+        with self._lock:
             self._carried_out += len(orders)
             self._changed.notify_all()
         return True
@@ -148,7 +154,7 @@ class Worker(Generic[T]):
             caller[1](number, work, done)
 
     def _report(self, outcome: Outcome[T]) -> None:
-        with self._changed:
+        with self._lock:
             caller = self._callers.pop(outcome.index, None)
         if caller is not None:
             caller[0](outcome)

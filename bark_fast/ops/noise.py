@@ -62,7 +62,8 @@ class TorchNoise:
         return self.generator or global_generator(self.device)
 
     def _draw(self, *shape: int) -> Tensor:
-        return torch.empty(shape, device=self.device).exponential_(generator=self.generator)
+        drawn = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return drawn.exponential_(generator=self.generator)
 
     def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
         low, high = rule.window(step)
@@ -117,7 +118,7 @@ class PhiloxNoise:
     def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
         module = extension.load() if self.device.type == "cpu" and preferred() == "auto" else None
         if module is not None and hasattr(module, "philox_uniform"):
-            uniform = torch.empty(rows, width)
+            uniform = torch.empty(rows, width, dtype=torch.float32, device=self.device)
             module.philox_uniform(self.seed, stream, chunk, first_step, uniform)
             return uniform.log_().neg_()
         blocks = (width + 3) // 4

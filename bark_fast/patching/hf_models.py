@@ -304,4 +304,4 @@ def _padded(drawn: list[Decoded], eos: int | None, pad: Tensor | None) -> Tensor
     rows = [row.tokens.tolist() + [eos] * (row.steps - len(row.tokens)) for row in drawn]
     steps = max(map(len, rows))
     filler = 0 if pad is None else int(pad.flatten()[0])
-    return torch.tensor([row + [filler] * (steps - len(row)) for row in rows])
+    return torch.tensor([row + [filler] * (steps - len(row)) for row in rows], device="cpu")
