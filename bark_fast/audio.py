@@ -43,12 +43,12 @@ def _target(path: str | Path) -> tuple[Path, int | None]:
     """The file that writing to `path` would replace, symbolic links followed, and its mode if it exists."""
     path = Path(path)
     try:
-        target = Path(os.path.realpath(path))
+        target = Path(os.path.realpath(path.expanduser()))
         try:
             mode = target.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             mode = None
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ of no such user
         _fail(path, error)
     if not target.parent.is_dir():
         raise OutputError(f"cannot write {path}: there is no folder {target.parent}; create it first")
@@ -148,6 +148,23 @@ def _soundfile(path: Path) -> Any:
     return soundfile
 
 
+def _check_waveform(path: Path, samples: object, rate: object) -> None:
+    """Raise OutputError for what libsndfile would write as something else, or crash on."""
+    fault = None
+    if not isinstance(samples, np.ndarray):
+        fault = f"samples are a {type(samples).__name__}; they must be a float array (n,) in [-1, 1]"
+    elif samples.ndim != 1 or samples.dtype.kind != "f":
+        fault = f"samples are {samples.dtype} {samples.shape}; they must be floats (n,) in [-1, 1]"
+    elif not len(samples):
+        fault = "there are no samples; generate the audio again"
+    elif bad := len(samples) - int(np.isfinite(samples).sum()):
+        fault = f"{bad} of {len(samples)} samples are NaN or infinite; generate the audio again"
+    elif not isinstance(rate, (int, np.integer)) or not 1 <= rate < 2**31:
+        fault = f"sample_rate is {rate!r}; it must be a whole number of hertz"
+    if fault is not None:
+        raise OutputError(f"cannot write {path}: {fault}")
+
+
 def ratio_fits(coarse_frames: int, semantic_tokens: int, layout: Layout) -> bool:
     """suno's test that the two belong together: frames per token, to one decimal, is 75 / 49.9, that is 1.5."""
     wanted = round(layout.coarse_rate_hz / layout.semantic_rate_hz, 1)
@@ -196,17 +213,12 @@ class Audio:
         """
         path = Path(path)
         container, subtype = _encoding(path, subtype)
-        bad = len(self.samples) - int(np.isfinite(self.samples).sum())
-        if bad or not len(self.samples):
-            fault = (
-                f"{bad} of {len(self.samples)} samples are NaN or infinite" if bad else "there are no samples"
-            )
-            raise OutputError(f"cannot write {path}: {fault}; generate the audio again")
+        _check_waveform(path, self.samples, self.sample_rate)
         soundfile = _soundfile(path)
         with atomic_write(path) as temporary:
             try:
                 with soundfile.SoundFile(
-                    temporary, "w", self.sample_rate, 1, subtype=subtype, format=container
+                    temporary, "w", int(self.sample_rate), 1, subtype=subtype, format=container
                 ) as file:
                     for start in range(0, len(self.samples), BLOCK):
                         block = self.samples[start : start + BLOCK]
@@ -247,9 +259,9 @@ class Audio:
         rates = sorted({part.sample_rate for part in parts})
         if len(rates) != 1:
             raise InvalidInput(f"parts have the sample rates {rates}; give at least one part, all of one rate")
-        if not isinstance(pause, (int, float)) or not 0 <= pause <= 3600:
+        if not isinstance(pause, (int, float, np.integer, np.floating)) or not 0 <= pause <= 3600:
             raise InvalidInput(f"pause is {pause!r}; it must be 0 to 3600 seconds")
-        silence = np.zeros(round(pause * rates[0]), dtype=np.float32)
+        silence = np.zeros(round(float(pause) * rates[0]), dtype=np.float32)
         pieces = [piece for part in parts for piece in (silence, part.samples)][1:]
         timings: dict[str, float] = {}
         for part in parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ def main(arguments: list[str] | None = None) -> None:
         status = error.exit_code
     except BarkFastError as error:
         click.echo(f"bark-fast: {error}", err=True)
+        status = 1
+    except OSError as error:  # of stdout: files have errors of their own
+        with suppress(OSError):
+            click.echo(f"bark-fast: cannot write the output ({error.strerror or error})", err=True)
+        sys.stdout = None  # or Python would say the same once more
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -166,9 +172,11 @@ def _read_text(text: str | None, text_file: Path | None) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             raise InvalidInput(f"cannot read {text_file}: {reason}; give a readable UTF-8 file") from None
-    if text is None and text_file is None and sys.stdin.isatty():
+    if text is None and text_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InvalidInput("no text was given; pass it as an argument, with --file, or on stdin")
     if text is None or text == "-":
+        if sys.stdin is None:
+            raise InvalidInput("stdin is closed; pass the text as an argument or with --file")
         try:
             return sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError:
@@ -211,7 +219,11 @@ def _noise_checkpoint(quiet: bool) -> Path:
                 f"cannot make {cache} ({error.strerror}); set XDG_CACHE_HOME to a writable folder, or give "
                 f"--model"
             ) from None
-        make_checkpoint(folder, size="tiny", format="hf", seed=0, progress=not quiet)
+        try:
+            make_checkpoint(folder, size="tiny", format="hf", seed=0, progress=not quiet)
+        except OutputError:
+            if not (folder / "config.json").exists():  # else another process made it meanwhile
+                raise
     return folder
 
 

@@ -162,6 +162,8 @@ class BarkConfig:
             ("coarse.block_size", self.coarse.block_size,
              layout.max_coarse_input + layout.max_coarse_history + layout.coarse_window),
             ("fine.block_size", self.fine.block_size, layout.fine_window),
+            ("the fine stage's window", layout.fine_window, layout.fine_stride),
+            ("the number of fine codebooks", layout.n_fine_codebooks, layout.n_coarse_codebooks + 1),
         )  # fmt: skip
         for name, value, least in wanted:
             if value < least:

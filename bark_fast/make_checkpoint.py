@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from bark_fast.bars import make_bar
 from bark_fast.checkpoint.names import Shape, gpt_shapes, hf_name, suno_name, tied
 from bark_fast.checkpoint.random_weights import codec_weights, gpt_names, gpt_weight
 from bark_fast.checkpoint.suno import ENCODEC_FILE, LARGE_FILES, SMALL_FILES
@@ -75,8 +76,11 @@ def _atomically(target: Path) -> Iterator[Path]:
             raise OutputError(f"{target} is a file; name a folder that does not exist yet")
         if target.is_dir() and any(target.iterdir()):
             raise OutputError(f"{target} is not empty; name a folder that does not exist yet")
+        within = (
+            target.is_dir()
+        )  # a folder that is there stays the one it is: a mount, a link, where one stands
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if within else target.parent))
     except OutputError:
         raise
     except OSError as error:
@@ -85,19 +89,25 @@ def _atomically(target: Path) -> Iterator[Path]:
         ) from None
     try:
         yield work
-        mask = os.umask(0)
-        os.umask(mask)
-        work.chmod(0o777 & ~mask)  # mkdtemp's folders are private
-        work.replace(target)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if within:
+            for path in list(work.iterdir()):
+                path.replace(target / path.name)
+            work.rmdir()
+        else:
+            mask = os.umask(0)
+            os.umask(mask)
+            work.chmod(0o777 & ~mask)  # mkdtemp's folders are private
+            work.replace(target)
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(work, ignore_errors=True)
+        for path in list(target.iterdir()) if within else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+            raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise OutputError(
             f"{target} cannot be written ({reason}); free some space or name another folder"
         ) from None
-    except BaseException:  # Ctrl-C too leaves nothing behind
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 @contextmanager
@@ -105,11 +115,9 @@ def _progress(config: BarkConfig, shown: bool) -> Iterator[Report]:
     if not shown:
         yield lambda amount: None
         return
-    from tqdm import tqdm
-
     shapes = [shape for model in _TRANSFORMERS for shape in gpt_names(getattr(config, model)).values()]
     total = sum(map(_numel, shapes))
-    with tqdm(total=4 * total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing weights") as bar:
+    with make_bar(total=4 * total, unit="B", unit_scale=True, unit_divisor=1024, desc="writing weights") as bar:
         yield bar.update
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
+import numpy as np
+
 from bark_fast.audio import Audio
 from bark_fast.config import BarkConfig
 from bark_fast.errors import InvalidInput
@@ -18,6 +20,7 @@ from bark_fast.voices import Voice
 
 VoiceLike: TypeAlias = "str | Path | Mapping[str, Any] | Voice | Audio | None"
 
+NUMBERS = (int, float, np.integer, np.floating)
 MAX_SAMPLES = 1024
 """Samples of one text that one call may ask for."""
 
@@ -65,7 +68,7 @@ def stage_options(
     sampling = StageDefaults(
         **{name: (params or SamplingParams()).over(getattr(defaults, name)) for name, params in given.items()}
     )
-    if max_seconds is not None and not (isinstance(max_seconds, (int, float)) and max_seconds > 0):
+    if max_seconds is not None and not (isinstance(max_seconds, NUMBERS) and max_seconds > 0):
         raise InvalidInput(f"max_seconds is {max_seconds!r}; it must be a number above 0, or None")
     for name in ("top_k", "top_p", "min_eos_p"):
         if getattr(sampling.fine, name) is not None:
@@ -79,7 +82,7 @@ def stage_options(
         sampling=sampling,
         semantic_vocab_size=config.semantic.output_vocab_size,
         coarse_vocab_size=config.coarse.output_vocab_size,
-        max_seconds=max_seconds,
+        max_seconds=None if max_seconds is None else float(max_seconds),
         joined=joined,
         overlap=overlap,
     )
@@ -94,7 +97,7 @@ def checked_texts(texts: object) -> list[str]:
 
 def samples_of(texts: list[str], n: int, seed: Any) -> tuple[list[str], list[int] | None]:
     """One text n times, with a seed of its own each."""
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_SAMPLES:
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MAX_SAMPLES:
         raise InvalidInput(f"n is {n!r}; it must be an integer from 1 to {MAX_SAMPLES}")
     if len(texts) != 1:
         raise InvalidInput(f"n={n} samples of {len(texts)} texts; give one text, or repeat it in the list")

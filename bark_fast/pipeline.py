@@ -155,7 +155,8 @@ class Bark:
             or a list with one per text.
         seed: an integer from 0 to 2**64 - 1 for each text alike, or one per text. None draws a fresh one per
             text ("philox") or goes on with torch's global generator ("torch").
-        rng: "philox" makes a text's tokens depend on its seed alone, whatever else is in the batch. "torch"
+        rng: "philox" makes a text's draws depend on its seed alone, whatever else is in the batch; its tokens
+            too in float32 (in 16 bits a batch's logits round otherwise than one text's). "torch"
             consumes a torch generator exactly as suno and Hugging Face do: the result is that of
             `torch.manual_seed(seed)` before their call. Several texts with one seed are then, in the "hf"
             dialect, one batched call of theirs, rows padded to the longest; otherwise one call per text.

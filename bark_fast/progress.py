@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from bark_fast.bars import make_bar
 from bark_fast.config import Layout
 from bark_fast.work import Await, Decode, FinePass, Fork, Join, Work
 
@@ -47,14 +48,12 @@ class ProgressBar:
     """
 
     def __init__(self, layout: Layout, chunks: list[int]) -> None:
-        from tqdm import tqdm
-
         self.layout, self.chunks = layout, chunks
         self.fractions = [0.0] * len(chunks)
         self.latest: dict[int, Progress] = {}
         self.stage, self.drawn = "", 0
         self.started = self.now = time.perf_counter()
-        self.bar: Any = tqdm(
+        self.bar: Any = make_bar(
             total=100 * sum(chunks),
             unit="%",
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from enum import Enum
+from numbers import Real
 from typing import Any, Literal
 
 from bark_fast.errors import InvalidInput
@@ -31,7 +32,7 @@ INHERIT = Inherit.CHECKPOINT
 
 
 def _number(name: str, value: object, bound: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InvalidInput(f"{name} is {value!r}; it must be {bound}, or None")
     return float(value)
 

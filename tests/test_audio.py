@@ -315,3 +315,36 @@ class TestAudio:
         ):  # fmt: skip
             with pytest.raises(InvalidInput):
                 Audio.concat(parts, pause)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "fault"),
+    [
+        (np.full(100, 8000, np.int16), RATE, r"samples are int16 \(100,\); they must be floats"),
+        (np.zeros((10, 2), np.float32), RATE, r"samples are float32 \(10, 2\)"),
+        ([0.0, 0.1], RATE, "samples are a list"),
+        (np.zeros(100, np.float32), 0, "sample_rate is 0; it must be a whole number of hertz"),
+        (np.zeros(100, np.float32), 24_000.0, r"sample_rate is 24000\.0"),
+        (np.zeros(100, np.float32), 2**31, "sample_rate is 2147483648"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".wav", ".ogg"])
+def test_what_is_no_waveform_is_named_and_not_written(tmp_path, samples, rate, fault, suffix):
+    with pytest.raises(OutputError, match=fault):
+        Audio(samples, rate).save(tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    audio = Audio(tone(), np.int64(RATE))
+    audio.save(tmp_path / "a.wav")
+    assert soundfile.info(tmp_path / "a.wav").samplerate == RATE
+    assert Audio.concat([audio, audio], pause=np.float32(0.5)).duration == pytest.approx(1.5)
+
+
+def test_a_home_is_a_home_when_saving_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Audio(tone(), RATE).save("~/a.wav")
+    assert (tmp_path / "a.wav").exists()
+    with pytest.raises(OutputError, match=r"cannot write ~nobody-of-this-name/a\.wav"):
+        Audio(tone(), RATE).save("~nobody-of-this-name/a.wav")

@@ -445,6 +445,9 @@ def test_layout_follows_transformers_defaults_and_names(tmp_path: Path) -> None:
         ({"semantic_config": {"max_new_tokens": "many"}}, "max_new_tokens is 'many'"),
         ({"semantic_config": [1]}, "semantic_config is a list"),
         ({"semantic_config": {"max_new_tokens": 2000}}, "semantic.block_size is 1024"),
+        ({"fine_acoustics_config": {"max_fine_history_length": 2000}}, "the fine stage's window is 1024"),
+        ({"fine_acoustics_config": {"max_fine_input_length": 1}}, "the fine stage's window is 1"),
+        ({"fine_acoustics_config": {"n_fine_codebooks": 1}}, "the number of fine codebooks is 1"),
     ],
 )
 def test_generation_settings_that_cannot_be_honoured_are_named(hf_copy: Path, content: Any, named: str) -> None:

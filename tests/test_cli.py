@@ -232,3 +232,40 @@ class TestOtherCommands:
         assert "say" in run("--help").stdout
         assert "--voice" in run("say", "-h").stdout
         assert "0.1.0" in run("--version").stdout
+
+
+class TestStreamsThatAreNotThere:
+    """Closed, full or read by somebody who leaves: `2>&-`, `2>/dev/full`, `| head`."""
+
+    @pytest.fixture
+    def shell(self, tmp_path, tiny_suno_dir):
+        """Run a line of sh in which $SAY speaks with the tiny model."""
+        say = f"{' '.join(COMMAND)} say --model {tiny_suno_dir} --max-seconds 0.3 --seed 1"
+
+        def call(line):
+            return subprocess.run(
+                ["bash", "-c", line], cwd=tmp_path, env=environment(tmp_path / "cache") | {"SAY": say},
+                capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+
+        call.folder = tmp_path
+        return call
+
+    @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2>&1 | head -c 1"])
+    def test_speech_is_worth_more_than_a_bar(self, shell, stderr):
+        shell(f"$SAY Hello -o a.wav {stderr}")
+        assert soundfile.info(shell.folder / "a.wav").frames > 0
+
+    def test_no_stdin_is_no_text(self, shell):
+        assert_one_line_error(shell("$SAY -o a.wav <&-"), "no text was given")
+        assert_one_line_error(shell("$SAY - -o a.wav <&-"), "stdin is closed")
+
+    def test_output_that_cannot_be_written_is_one_line(self, shell):
+        done = shell(f"{' '.join(COMMAND)} doctor >/dev/full")
+        assert_one_line_error(done, "cannot write the output", "No space left")
+
+    def test_two_that_make_the_noise_checkpoint_at_once(self, shell):
+        say = f"{' '.join(COMMAND)} say Hi -q --max-seconds 0.3"
+        done = shell(f"{say} -o 1.wav & {say} -o 2.wav; first=$?; wait $! && exit $first")
+        assert done.returncode == 0, done.stderr
+        assert {path.name for path in shell.folder.glob("*.wav")} == {"1.wav", "2.wav"}

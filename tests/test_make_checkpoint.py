@@ -205,3 +205,30 @@ def test_progress_is_shown_on_stderr(tmp_path: Path, capfd: pytest.CaptureFixtur
     make_checkpoint(tmp_path / "x", "tiny", "suno", 0, progress=True)
     out, err = capfd.readouterr()
     assert out == "" and "100%" in err
+
+
+@pytest.mark.parametrize("place", ["plain", "link", "cwd"])
+def test_an_empty_folder_that_is_there_stays_the_one_it_is(tmp_path, monkeypatch, place):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    named, before = folder, folder.stat().st_ino
+    if place == "link":
+        named = tmp_path / "link"
+        named.symlink_to(folder)
+    if place == "cwd":
+        monkeypatch.chdir(folder)
+        named = Path()
+    make_checkpoint(named, "tiny", "hf")
+    assert folder.stat().st_ino == before and (folder / "config.json").is_file()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_an_empty_folder_is_empty_again_after_a_failure(tmp_path, monkeypatch):
+    def full(*arguments):
+        (arguments[0] / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_hf", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        make_checkpoint(tmp_path, "tiny", "hf")
+    assert not list(tmp_path.iterdir())

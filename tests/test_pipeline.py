@@ -309,3 +309,28 @@ def test_saving_what_was_spoken_gives_a_playable_file(suno_bark, tmp_path):
         info = soundfile.info(tmp_path / f"a.{suffix}")
         assert info.samplerate == 24_000
         assert abs(info.duration - audio.duration) < 0.1
+
+
+def test_no_console_no_bar(suno_bark, monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert suno_bark.generate("One.", seed=0, max_seconds=0.3, progress=True).duration > 0
+
+
+def test_numbers_of_numpy_are_numbers(suno_bark):
+    plain = suno_bark.generate("One.", n=2, seed=1, max_seconds=0.25, semantic=SamplingParams(temperature=0.5))
+    numpy = suno_bark.generate(
+        "One.", n=np.int64(2), seed=1, max_seconds=np.float32(0.25),
+        semantic=SamplingParams(temperature=np.float32(0.5)),
+    )  # fmt: skip
+    assert all(np.array_equal(a.tokens.fine, b.tokens.fine) for a, b in zip(plain, numpy, strict=True))
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "x" * 5000, None, 3])
+def test_what_names_no_checkpoint_is_told(source):
+    with pytest.raises(BarkFastError, match="names no checkpoint"):
+        Bark.from_pretrained(source, device="cpu")
+
+
+def test_a_device_that_computes_nothing_is_refused(tiny_suno_dir):
+    with pytest.raises(InvalidInput, match="device 'meta' cannot be used"):
+        Bark.from_pretrained(tiny_suno_dir, device="meta")

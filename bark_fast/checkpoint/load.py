@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from bark_fast.bars import make_bar
 from bark_fast.checkpoint import hub
 from bark_fast.checkpoint.files import MappedPages
 from bark_fast.checkpoint.hf import holds_hf_weights, open_hf
@@ -56,11 +57,15 @@ def find_folder(source: str | Path, progress: bool = False) -> Path:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}, the cache of suno's bark, does not exist; {_REMEDY}")
         return folder
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; name the folder that holds it")
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        if path.exists():
+            raise CheckpointError(f"{path} is a file; name the folder that holds it")
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long a name, no such user, no path
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(source)[:200]!r} names no checkpoint ({reason}); {_REMEDY}") from None
     if isinstance(source, str) and hub.is_hub_id(source):
         return hub.fetch_repo(source, progress)
     raise CheckpointError(f"{path} does not exist; {_REMEDY}")
@@ -88,9 +93,7 @@ def _progress(total: int, shown: bool) -> Iterator[Report]:
     if not shown:
         yield lambda amount: None
         return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights") as bar:
+    with make_bar(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading weights") as bar:
         yield bar.update
 
 

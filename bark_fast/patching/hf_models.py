@@ -36,6 +36,14 @@ class FastCausal(Patched):
 
     stage: ClassVar[Stage]
 
+    def _beam_search(self, *arguments: Any, **named: Any) -> Any:
+        self._fast.policy.decline("beam search")
+        return super()._beam_search(*arguments, **named)  # type: ignore[misc]
+
+    def _assisted_decoding(self, *arguments: Any, **named: Any) -> Any:
+        self._fast.policy.decline("assisted decoding")
+        return super()._assisted_decoding(*arguments, **named)  # type: ignore[misc]
+
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
         synced_gpus: bool = False, streamer: Any = None, **model_kwargs: Any,

@@ -428,3 +428,17 @@ def test_wrong_options_are_named_and_change_nothing(model, options):
     with pytest.raises(InvalidInput, match="choose"):
         bark_fast.patch(model, **options)
     assert not bark_fast.is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"semantic_num_beams": 2}, "beam search"), ({"coarse_prompt_lookup_num_tokens": 2}, "assisted decoding")],
+    ids=str,
+)
+def test_other_ways_to_search_are_left_to_the_original_and_told(peer, options, reason):
+    options = {"semantic_max_new_tokens": 6, "semantic_do_sample": False, "coarse_do_sample": False} | options
+    with pytest.warns(RuntimeWarning, match=f"leaves {reason} to the original"):
+        expected, got = both(peer.model, lambda _: peer.speak(TEXTS[:1], **options))
+    speech_equal(expected, got)
+    with bark_fast.patched(peer.model, strict=True), pytest.raises(NotCovered, match=reason):
+        peer.speak(TEXTS[:1], **options)
