@@ -432,7 +432,10 @@ def test_wrong_options_are_named_and_change_nothing(model, options):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"semantic_num_beams": 2}, "beam search"), ({"coarse_prompt_lookup_num_tokens": 2}, "assisted decoding")],
+    [
+        ({"semantic_num_beams": 2}, "beam search"),
+        ({"semantic_prompt_lookup_num_tokens": 2}, "assisted decoding"),
+    ],
     ids=str,
 )
 def test_other_ways_to_search_are_left_to_the_original_and_told(peer, options, reason):
