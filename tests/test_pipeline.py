@@ -329,8 +329,3 @@ def test_numbers_of_numpy_are_numbers(suno_bark):
 def test_what_names_no_checkpoint_is_told(source):
     with pytest.raises(BarkFastError, match="names no checkpoint"):
         Bark.from_pretrained(source, device="cpu")
-
-
-def test_a_device_that_computes_nothing_is_refused(tiny_suno_dir):
-    with pytest.raises(InvalidInput, match="device 'meta' cannot be used"):
-        Bark.from_pretrained(tiny_suno_dir, device="meta")
