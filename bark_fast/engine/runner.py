@@ -260,5 +260,5 @@ def _grouped(keys: Iterable[T]) -> dict[T, list[int]]:
 
 def _own_dtypes(device: torch.device) -> AbstractContextManager[object]:
     """Against a caller's autocast: a model computes in the dtype it was loaded in."""
-    on = torch.is_autocast_enabled(device.type)
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
