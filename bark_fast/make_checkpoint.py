@@ -76,9 +76,7 @@ def _atomically(target: Path) -> Iterator[Path]:
             raise OutputError(f"{target} is a file; name a folder that does not exist yet")
         if target.is_dir() and any(target.iterdir()):
             raise OutputError(f"{target} is not empty; name a folder that does not exist yet")
-        within = (
-            target.is_dir()
-        )  # a folder that is there stays the one it is: a mount, a link, where one stands
+        within = target.is_dir()  # one that is there stays the one it is: a mount, a link, where one stands
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target if within else target.parent))
     except OutputError:

@@ -19,8 +19,11 @@ from bark_fast.ops.embedding import NO_TOKEN
 TOLERANCE = 1e-5  # absolute, on logits whose standard deviation is about 2
 
 
-def logits_of(gpt, ids, merged=None, cuts=(), shift=0):
-    """Logits (1, vocab) after `ids` (time,), fed in pieces cut at `cuts` through the pages of one sequence."""
+def logits_of(gpt, ids, merged=None, cuts=(), shift=0, wanted=(-1,)):
+    """Logits after `ids` (time,), fed in pieces cut at `cuts` through the pages of one sequence: (1, vocab).
+
+    wanted: rows of the last piece whose logits are asked for, None for all; nobody asks for an earlier piece's.
+    """
     pool = KVPool(gpt.config, torch.device("cpu"), gpt.wte.weight.dtype, num_pages=64)
     handle = pool.pool.create()
     with torch.inference_mode():
@@ -31,8 +34,11 @@ def logits_of(gpt, ids, merged=None, cuts=(), shift=0):
                 extra = torch.tensor(padded[start:stop])
             batch = pool.reserve([handle], [stop - start])
             positions = torch.arange(start, stop) + shift
-            hidden = gpt(torch.tensor(ids[start:stop]), positions, partial(pool.attend, batch), extra)
-        return gpt.logits(hidden[-1:], 0, gpt.config.output_vocab_size)
+            rows = () if stop < len(ids) else wanted
+            if rows is not None:
+                rows = torch.tensor(rows, dtype=torch.int64)
+            hidden = gpt(torch.tensor(ids[start:stop]), positions, partial(pool.attend, batch), extra, rows)
+        return gpt.logits(hidden, 0, gpt.config.output_vocab_size)
 
 
 def assert_close(ours, theirs, exact):
@@ -95,6 +101,16 @@ class TestCoarse:
             exact = copy.deepcopy(theirs).double()(torch.tensor(ids)[None])[0][0]
         assert_close(logits_of(suno_bark.runner.models["coarse"], ids), expected, exact)
 
+    def test_rows_wanted_are_those_of_all_rows(self, hf_bark, hf_peer, ids):
+        theirs = hf_peer.model.coarse_acoustics
+        with torch.inference_mode():
+            expected = theirs(torch.tensor(ids)[None]).logits[0]
+            exact = copy.deepcopy(theirs).double()(torch.tensor(ids)[None]).logits[0]
+        gpt = hf_bark.runner.models["coarse"]
+        assert_close(logits_of(gpt, ids, wanted=None), expected, exact)
+        few = [0, 17, len(ids) - 1]
+        assert_close(logits_of(gpt, ids, wanted=few), expected[few], exact[few])
+
     def test_rows_of_the_head_are_those_of_the_whole_head(self, hf_bark, ids):
         gpt = hf_bark.runner.models["coarse"]
         hidden = torch.randn(3, gpt.config.n_embd)
@@ -125,6 +141,16 @@ class TestFine:
             expected = theirs(codebook, codes).logits[0]
             exact = copy.deepcopy(theirs).double()(codebook, codes).logits[0]
             ours = fine.logits(fine(codes, codebook), codebook, 1056)[0]
+        assert_close(ours, expected, exact)
+
+    @pytest.mark.parametrize("start", [1, 512, 1023])
+    def test_positions_from_one_on_are_those_of_the_whole_window(self, hf_bark, hf_peer, codes, start):
+        theirs, fine = hf_peer.model.fine_acoustics, hf_bark.runner.fine_model
+        two = torch.cat([codes, codes.flip(1)])
+        with torch.inference_mode():
+            expected = theirs(4, two).logits[:, start:]
+            exact = copy.deepcopy(theirs).double()(4, two).logits[:, start:]
+            ours = fine.logits(fine(two, 4, start), 4, 1056)
         assert_close(ours, expected, exact)
 
     @pytest.mark.parametrize("codebook", [2, 7])

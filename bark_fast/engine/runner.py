@@ -155,12 +155,14 @@ class EagerRunner:
         tokens_fed, places = (
             sent(torch.tensor(column, device="cpu"), pool.device) for column in (ids, positions)
         )
+        wanted = None
+        if len(drawing) < len(ids):
+            wanted = sent(torch.tensor(drawing, dtype=torch.int64, device="cpu"), pool.device)
         if rows := pool.one_row_each(reserved):
             hidden = gpt.decode(tokens_fed, places, rows, merged)
+            hidden = hidden if wanted is None else hidden[wanted]
         else:
-            hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged)
-        if len(drawing) < len(ids):
-            hidden = hidden[drawing]
+            hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged, wanted)
         drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))
         tokens: list[list[int]] = [[] for _ in sequences]
         for row, seq in zip(order, batch, strict=True):
@@ -198,10 +200,11 @@ class EagerRunner:
         codebook = passes[0].codebook
         device = self.devices["fine"]
         codes = sent(torch.from_numpy(np.stack([work.codes for work in passes])), device)
-        hidden = self.fine_model(codes, codebook)
+        start = min(work.start for work in passes)
+        hidden = self.fine_model(codes, codebook, start)
         predicted = []
         for work, rows, source in zip(passes, hidden, noise, strict=True):
-            logits = self.fine_model.logits(rows[work.start :], codebook, work.codebook_size)
+            logits = self.fine_model.logits(rows[work.start - start :], codebook, work.codebook_size)
             drawn = None
             if work.temperature > 0:
                 stream = FINE_STREAM + codebook

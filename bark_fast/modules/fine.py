@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 from torch import Tensor, nn
 
 from bark_fast.config import FineConfig
@@ -31,17 +34,18 @@ class FineGPT(nn.Module):
             for _ in range(config.n_codes_given, config.n_codes_total)
         )
 
-    def forward(self, codes: Tensor, codebook: int) -> Tensor:
-        """Hidden states (batch, time, n_embd) for predicting `codebook`, before the final norm.
+    def forward(self, codes: Tensor, codebook: int, start: int = 0) -> Tensor:
+        """Hidden states (batch, time - start, n_embd) for predicting `codebook`, before the final norm.
 
         codes: (batch, time, n_codes_total); codebooks 0..codebook are embedded and summed, the predicted one
-        included: it holds the pad code, or an earlier window's prediction.
+        included: it holds the pad code, or an earlier window's prediction. start: the first position wanted.
         """
         tables: list[Tensor] = [wte.get_parameter("weight") for wte in self.wtes[: codebook + 1]]
         x = embed_codes(codes, tables, self.wpe.weight)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, self._attend)
-        return x
+        return cast(Tensor, last(x, partial(self._attend, start=start), slice(start, None)))
 
     def logits(self, hidden: Tensor, codebook: int, codebook_size: int) -> Tensor:
         """Logits (..., codebook_size) of `codebook` for hidden states (..., n_embd)."""
@@ -49,9 +53,9 @@ class FineGPT(nn.Module):
         weight: Tensor = head.get_parameter("weight")
         return norm_linear(hidden, self.ln_f.weight, self.ln_f.bias, weight[:codebook_size])
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def _attend(self, qkv: Tensor, start: int = 0) -> Tensor:
         batch, time, _ = qkv.shape
         heads, head_dim = self.config.n_head, self.config.head_dim
         query, key, value = qkv.view(batch, time, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
-        seen = attention(query, key, value, causal=False)
-        return seen.transpose(1, 2).reshape(batch, time, heads * head_dim)
+        seen = attention(query[:, :, start:], key, value, causal=False)
+        return seen.transpose(1, 2).reshape(batch, time - start, heads * head_dim)

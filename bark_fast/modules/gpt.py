@@ -43,18 +43,26 @@ class GPT(nn.Module):
         positions: Tensor,
         attend: AttendLayer,
         extra_ids: Tensor | None = None,
+        wanted: Tensor | None = None,
         scratch: Scratch | None = None,
     ) -> Tensor:
-        """Hidden states (rows, n_embd) before the final norm.
+        """Hidden states (rows, n_embd), or (len(wanted), n_embd), before the final norm.
 
         ids, positions: (rows,) int64. extra_ids: (rows,) int64, tokens whose embeddings are added to those of
         `ids`, `ops.embedding.NO_TOKEN` where there is none (Bark's semantic prompt sums text and history).
+        wanted: int64, the rows whose hidden states are returned, None for all: in a prefill those that draw.
         scratch: from `ops.norm_linear.linear_scratch`, for steps that are captured.
         """
         x = embed(ids, positions, self.wte.weight, self.wpe.weight, extra_ids)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, partial(attend, index), scratch)
-        return x
+        *layers, last = self.layers
+        for index, layer in enumerate(layers):
+            x = layer(x, partial(attend, index), scratch=scratch)
+
+        def attend_last(qkv: Tensor) -> Tensor:
+            seen = attend(len(layers), qkv)
+            return seen if wanted is None else seen[wanted]
+
+        return cast(Tensor, last(x, attend_last, wanted, scratch))
 
     def decode(
         self, ids: Tensor, positions: Tensor, cache: PagedRows, extra_ids: Tensor | None = None

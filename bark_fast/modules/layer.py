@@ -35,8 +35,10 @@ class Linear(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))). x: (..., n_embd).
+    """x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))). x: (..., rows, n_embd).
 
+    rows: which of x's go on, None for all. The last layer of a model need not finish rows that nobody reads;
+    their keys and values are all that the others want of them. `attend` returns the rows that go on.
     scratch: from `ops.norm_linear.linear_scratch`, for steps that are captured.
     """
 
@@ -50,10 +52,12 @@ class Layer(nn.Module):
         self.fc = Linear(width, 4 * width, config.bias)
         self.proj = Linear(4 * width, width, config.bias)
 
-    def forward(self, x: Tensor, attend: Attend, scratch: Scratch | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Attend, rows: Tensor | slice | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
         ln_1, ln_2, qkv, out, fc, proj = self.ln_1, self.ln_2, self.qkv, self.out, self.fc, self.proj
         seen = attend(norm_linear(x, ln_1.weight, ln_1.bias, qkv.weight, qkv.bias, scratch=scratch))
-        x = linear_residual(seen, out.weight, x, out.bias, scratch=scratch)
+        x = linear_residual(seen, out.weight, x if rows is None else x[..., rows, :], out.bias, scratch=scratch)
         return layernorm_gelu_mlp(
             x, ln_2.weight, ln_2.bias, fc.weight, fc.bias, proj.weight, proj.bias, scratch=scratch
         )
