@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "compiled.csv"
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 SHARED_PER_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 REGISTERS_PER_PROCESSOR = 65_536
+INSTRUCTION_BYTES = 16
 MAX_BLOCKS_PER_PROCESSOR = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
@@ -85,26 +88,47 @@ class Compiled:
         return found
 
 
-def inspect(cubin: bytes) -> dict[str, int]:
-    """Registers, spilled bytes and counts of instructions of a cubin with one kernel."""
+def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int]]:
+    """Registers, spilled bytes and counts of instructions of cubins with one kernel each."""
     from triton import backends
 
     tools = Path(backends.__file__).parent / "nvidia" / "bin"
+    results = []
+    for cubin, code in zip(cubins, disassemble(cubins, arch, tools / "nvdisasm"), strict=True):
+        usage = _output(cubin, tools / "cuobjdump", "-res-usage")
+        figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+        spilling = len(re.findall(r"^(?:@!?U?P\d+ )?(?:STL|LDL)\b", code, re.MULTILINE))
+        results.append({
+            "registers": int(figures["REG"]),
+            "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
+            "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
+            "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
+        })  # fmt: skip
+    return results
+
+
+def disassemble(cubins: list[bytes], arch: int, nvdisasm: Path) -> list[str]:
+    """The instructions of each, a line each. nvdisasm takes half a second to begin: it gets all at once."""
+    from elftools.elf.elffile import ELFFile
+
+    sections = [ELFFile(io.BytesIO(cubin)).iter_sections() for cubin in cubins]
+    codes = [b"".join(one.data() for one in parts if one.name.startswith(".text.")) for parts in sections]
+    accelerated = "a" if arch >= 90 else ""  # what Triton compiles for
+    listing = _output(b"".join(codes), nvdisasm, "--binary", f"SM{arch}{accelerated}")
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*)$", listing, re.MULTILINE)
+    counts = [len(code) // INSTRUCTION_BYTES for code in codes]
+    if len(instructions) != sum(counts) or not all(counts):
+        raise SystemExit(f"nvdisasm printed {len(instructions)} instructions of {sum(counts)}")
+    following = iter(instructions)
+    return ["\n".join(islice(following, count)) for count in counts]
+
+
+def _output(content: bytes, *command: str | Path) -> str:
+    """What a tool prints of a file with this content."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(content)
         file.flush()
-        usage, code = (
-            subprocess.run((*command, file.name), capture_output=True, text=True, check=True).stdout
-            for command in ((tools / "cuobjdump", "-res-usage"), (tools / "nvdisasm", "-c"))
-        )
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    spilling = len(re.findall(r"^\s+(?:/\*\w+\*/\s+)?(?:@!?U?P\d+ )?(?:STL|LDL)\b", code, re.MULTILINE))
-    return {
-        "registers": int(figures["REG"]),
-        "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
-        "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
-        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
-    }
+        return subprocess.run((*command, file.name), capture_output=True, text=True, check=True).stdout
 
 
 def compile_family(family: str, arch: int) -> list[Compiled]:
@@ -137,8 +161,7 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
 
     driver.set_active(Offline())
     JITFunction.run = compile_only
-    results: list[Compiled] = []
-    seen: set[tuple[str, bool, bool]] = set()
+    distinct: dict[tuple[str, bool, bool], tuple[Any, dict[str, Any]]] = {}
     with assume(KNOWN[arch]):
         for launch in launches(family, torch.device("meta")):
             made.clear()
@@ -146,22 +169,20 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
             if not made:
                 raise SystemExit(f"{family}: {launch.name} launched nothing")
             for kernel, grid in made:
-                key = (kernel.metadata.hash, launch.tensor_cores, launch.streaming)
-                if key in seen:
-                    continue
-                seen.add(key)
-                results.append(
-                    Compiled(
-                        family=family, launch=launch.name, kernel=kernel.metadata.name, arch=arch, grid=grid,
-                        warps=kernel.metadata.num_warps, shared_bytes=kernel.metadata.shared,
-                        tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
-                        scratch_bytes=getattr(kernel.metadata, "global_scratch_size", 0) or 0,
-                        wants_tensor_cores=launch.tensor_cores, wants_wide_loads=launch.streaming,
-                        **inspect(kernel.asm["cubin"]),
-                    )
-                )  # fmt: skip
+                wants = {"wants_tensor_cores": launch.tensor_cores, "wants_wide_loads": launch.streaming}
+                named = {"launch": launch.name, "grid": grid, **wants}
+                distinct.setdefault((kernel.metadata.hash, *wants.values()), (kernel, named))
     JITFunction.run = run
-    return results
+    seen = inspect([kernel.asm["cubin"] for kernel, _ in distinct.values()], arch)
+    return [
+        Compiled(
+            family=family, kernel=kernel.metadata.name, arch=arch, warps=kernel.metadata.num_warps,
+            shared_bytes=kernel.metadata.shared,
+            tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
+            scratch_bytes=getattr(kernel.metadata, "global_scratch_size", 0) or 0, **named, **figures,
+        )
+        for (kernel, named), figures in zip(distinct.values(), seen, strict=True)
+    ]  # fmt: skip
 
 
 def table(compiled: list[Compiled]) -> list[dict[str, object]]:

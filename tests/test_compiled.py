@@ -15,23 +15,23 @@ from production import FAMILIES
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_kernels_compile_and_fit(arch: int, family: str) -> None:
+def test_kernels_compile_and_fit(family: str) -> None:
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = (sys.executable, SCRIPT, "--arch", str(arch), "--family", family, "--json")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    archs = (80, 90, 100)  # in one process, which takes seconds to begin
+    command = (sys.executable, SCRIPT, "--arch", *map(str, archs), "--family", family, "--json")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
     compiled = json.loads(done.stdout)
-    assert compiled
+    assert {c["arch"] for c in compiled} == set(archs)
     for c in compiled:
         print(
-            f"sm_{arch} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} registers "
+            f"sm_{c['arch']} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} regs "
             f"{c['shared_bytes']:6} B shared {c['tensor_core_instructions']:4} mma {c['wide_loads']:3} wide"
         )
-    assert not [(c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
+    assert not [(c["arch"], c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
 
 
 SOUND = Compiled(
