@@ -18,6 +18,7 @@ import numpy as np
 
 from bark_fast.config import Layout
 from bark_fast.errors import InvalidInput, OutputError
+from bark_fast.numeric import is_number, is_whole
 from bark_fast.work import FloatArray, IntArray
 
 # suffix: libsndfile's format and the subtypes that may be asked for, the default first
@@ -159,7 +160,7 @@ def _check_waveform(path: Path, samples: object, rate: object) -> None:
         fault = "there are no samples; generate the audio again"
     elif bad := len(samples) - int(np.isfinite(samples).sum()):
         fault = f"{bad} of {len(samples)} samples are NaN or infinite; generate the audio again"
-    elif not isinstance(rate, (int, np.integer)) or not 1 <= rate < 2**31:
+    elif not is_whole(rate) or not 1 <= rate < 2**31:
         fault = f"sample_rate is {rate!r}; it must be a whole number of hertz"
     if fault is not None:
         raise OutputError(f"cannot write {path}: {fault}")
@@ -259,7 +260,7 @@ class Audio:
         rates = sorted({part.sample_rate for part in parts})
         if len(rates) != 1:
             raise InvalidInput(f"parts have the sample rates {rates}; give at least one part, all of one rate")
-        if not isinstance(pause, (int, float, np.integer, np.floating)) or not 0 <= pause <= 3600:
+        if not is_number(pause) or not 0 <= pause <= 3600:
             raise InvalidInput(f"pause is {pause!r}; it must be 0 to 3600 seconds")
         silence = np.zeros(round(float(pause) * rates[0]), dtype=np.float32)
         pieces = [piece for part in parts for piece in (silence, part.samples)][1:]

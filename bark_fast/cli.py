@@ -101,15 +101,21 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
         tokens_file: Path | None, quiet: bool, **options: Any) -> None:  # fmt: skip
     """Speak TEXT (or a file, or stdin) into an audio file."""
     from bark_fast.audio import check_audio_path, check_voice_path
+    from bark_fast.options import check_max_seconds
+    from bark_fast.randomness import check_seeds
 
     words = _read_text(text, text_file)
-    # minutes of work must not end in a path that cannot be written
+    # minutes of work must not end in a path that cannot be written, nor loading in an option that cannot be
     check_audio_path(output)
     if tokens_file is not None:
         check_voice_path(tokens_file)
-    bark, load_seconds = _load(model, options, quiet)
+    check_seeds(options["seed"], 1)
+    check_max_seconds(options["max_seconds"])
+    loading = {name: options.pop(name) for name in ("device", "dtype", "dialect")}
+    generating = _generate_options(options)
+    bark, load_seconds = _load(model, loading, quiet)
     started = time.perf_counter()
-    audio = bark.generate(words, voice=voice, progress=not quiet, **_generate_options(options))
+    audio = bark.generate(words, voice=voice, progress=not quiet, **generating)
     seconds = time.perf_counter() - started
     audio.save(output)
     if tokens_file is not None and audio.tokens is not None:
@@ -189,9 +195,9 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
     from bark_fast.pipeline import Bark
 
     started = time.perf_counter()
-    loading = {name: options.pop(name) for name in ("device", "dtype", "dialect")} | {"progress": not quiet}
+    options = options | {"progress": not quiet}
     try:
-        bark = Bark.from_pretrained(model or DEFAULT_MODEL, **loading)
+        bark = Bark.from_pretrained(model or DEFAULT_MODEL, **options)
     except HubUnreachable as error:
         if model is not None:
             raise
@@ -201,7 +207,7 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
             f"IS NOISE, not speech, until you give real weights with --model",
             err=True,
         )
-        bark = Bark.from_pretrained(folder, **loading)
+        bark = Bark.from_pretrained(folder, **options)
     return bark, time.perf_counter() - started
 
 

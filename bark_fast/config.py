@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bark_fast.errors import InvalidInput
+from bark_fast.numeric import is_whole
 
 ModelName = Literal["semantic", "coarse", "fine", "codec"]
 
@@ -14,7 +15,7 @@ ModelName = Literal["semantic", "coarse", "fine", "codec"]
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value) or value < 1:
             raise InvalidInput(
                 f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1"
             )

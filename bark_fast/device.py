@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from bark_fast.errors import InvalidInput
+from bark_fast.numeric import is_whole
 
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -30,7 +31,7 @@ def pick_device(device: str | int | torch.device) -> torch.device:
 
 def pick_replicas(replicas: int | Sequence[str | torch.device]) -> list[torch.device]:
     """The devices of several copies of the model: those named, or the first so many GPUs."""
-    if isinstance(replicas, int) and not isinstance(replicas, bool):
+    if is_whole(replicas):
         found = torch.cuda.device_count()
         if not 1 <= replicas <= found:
             raise InvalidInput(

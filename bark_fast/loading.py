@@ -21,6 +21,7 @@ from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
+from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import has_triton, preferred
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -112,7 +113,7 @@ def runner_kind(device: torch.device) -> type[EagerRunner]:
 
 def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:
     """Bytes that `max_memory` leaves beside the weights; at least one utterance's."""
-    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
+    if not is_whole(max_memory) or max_memory < 1:
         raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
     config = checkpoint.config
     sizes = [storage_bytes(tensors.values()) for tensors in checkpoint.weights.values()]

@@ -25,6 +25,7 @@ from bark_fast.checkpoint.suno import ENCODEC_FILE, LARGE_FILES, SMALL_FILES
 from bark_fast.checkpoint.wordpiece import tokenizer_files, vocabulary
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, ModelName, published_config
 from bark_fast.errors import InvalidInput, OutputError
+from bark_fast.numeric import is_whole
 
 Size = Literal["tiny", "small", "large"]
 Format = Literal["suno", "hf"]
@@ -57,7 +58,7 @@ def write_checkpoint(
     """`make_checkpoint` for any configuration; `large` picks suno's file names for large models."""
     if format not in get_args(Format):
         raise InvalidInput(f"format is {format!r}; choose one of {', '.join(get_args(Format))}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if not is_whole(seed):
         raise InvalidInput(f"seed is {seed!r}; it must be an integer")
     target = Path(folder).expanduser()
     with _atomically(target) as work, _progress(config, progress) as report:

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
-import numpy as np
-
 from bark_fast.audio import Audio
 from bark_fast.config import BarkConfig
 from bark_fast.errors import InvalidInput
+from bark_fast.numeric import is_number, is_whole
 from bark_fast.ops.noise import SEED_BOUND
 from bark_fast.progress import ProgressCallback
 from bark_fast.randomness import Rng, check_seeds
@@ -20,7 +19,6 @@ from bark_fast.voices import Voice
 
 VoiceLike: TypeAlias = "str | Path | Mapping[str, Any] | Voice | Audio | None"
 
-NUMBERS = (int, float, np.integer, np.floating)
 MAX_SAMPLES = 1024
 """Samples of one text that one call may ask for."""
 
@@ -68,8 +66,6 @@ def stage_options(
     sampling = StageDefaults(
         **{name: (params or SamplingParams()).over(getattr(defaults, name)) for name, params in given.items()}
     )
-    if max_seconds is not None and not (isinstance(max_seconds, NUMBERS) and max_seconds > 0):
-        raise InvalidInput(f"max_seconds is {max_seconds!r}; it must be a number above 0, or None")
     for name in ("top_k", "top_p", "min_eos_p"):
         if getattr(sampling.fine, name) is not None:
             raise InvalidInput(
@@ -82,10 +78,19 @@ def stage_options(
         sampling=sampling,
         semantic_vocab_size=config.semantic.output_vocab_size,
         coarse_vocab_size=config.coarse.output_vocab_size,
-        max_seconds=None if max_seconds is None else float(max_seconds),
+        max_seconds=check_max_seconds(max_seconds),
         joined=joined,
         overlap=overlap,
     )
+
+
+def check_max_seconds(value: object) -> float | None:
+    """A length above 0, or None for as long as it takes."""
+    if value is None:
+        return None
+    if not is_number(value) or value <= 0:
+        raise InvalidInput(f"max_seconds is {value!r}; it must be a number above 0, or None")
+    return float(value)
 
 
 def checked_texts(texts: object) -> list[str]:
@@ -97,7 +102,7 @@ def checked_texts(texts: object) -> list[str]:
 
 def samples_of(texts: list[str], n: int, seed: Any) -> tuple[list[str], list[int] | None]:
     """One text n times, with a seed of its own each."""
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= MAX_SAMPLES:
+    if not is_whole(n) or not 1 <= n <= MAX_SAMPLES:
         raise InvalidInput(f"n is {n!r}; it must be an integer from 1 to {MAX_SAMPLES}")
     if len(texts) != 1:
         raise InvalidInput(f"n={n} samples of {len(texts)} texts; give one text, or repeat it in the list")

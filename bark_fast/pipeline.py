@@ -17,6 +17,7 @@ from bark_fast.engine.scheduler import Group, Limits, Observer, Outcome, Schedul
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import InvalidInput
 from bark_fast.loading import copied_to, load_models, make_runner
+from bark_fast.numeric import is_whole
 from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
@@ -115,7 +116,7 @@ class Bark:
         """
         if dialect is not None and dialect not in DIALECTS:
             raise InvalidInput(f"dialect is {dialect!r}; choose one of {', '.join(DIALECTS)}")
-        if not isinstance(max_batch, int) or max_batch < 1:
+        if not is_whole(max_batch) or max_batch < 1:
             raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer of at least 1")
         if replicas is not None and (device != "auto" or devices or offload):
             raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
@@ -264,7 +265,7 @@ class Bark:
             except Exception as error:
                 if errors == "raise":
                     raise
-                return Utterance(_failing(error), make_noise(0, "philox", self.device, "suno", 1, False)[0])
+                return Utterance(_failing(error), next(make_noise(0, "philox", self.device, "suno", 1, False)))
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
             for outcome in self.scheduler.run(map(job, requests), _observer(progress), self._places):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -40,17 +40,19 @@ def make_noise(
     dialect: Dialect,
     count: int,
     joined: bool,
-) -> list[NoiseSource]:
-    """One noise source per text. joined: the texts are rows of one Hugging Face batch on one generator."""
+) -> Iterator[NoiseSource]:
+    """A noise source for each of `count` texts, made when its turn comes: each soon holds some noise.
+
+    joined: the texts are rows of one Hugging Face batch on one generator.
+    """
     each = seeds if isinstance(seeds, list) else [seeds] * count
-    if rng == "philox":
-        return [PhiloxNoise(secrets.randbits(64) if one is None else one, device) for one in each]
-    noises: list[NoiseSource] = []
     for row, one in enumerate(each):
-        # without a seed, go on with torch's global generator
-        generator = None if one is None else torch.Generator(device).manual_seed(one)
-        noises.append(TorchNoise(generator, device, dialect, *((count, row) if joined else ())))
-    return noises
+        if rng == "philox":
+            yield PhiloxNoise(secrets.randbits(64) if one is None else one, device)
+        else:
+            # without a seed, go on with torch's global generator
+            generator = None if one is None else torch.Generator(device).manual_seed(one)
+            yield TorchNoise(generator, device, dialect, *((count, row) if joined else ()))
 
 
 def _seed(seed: object) -> int:

@@ -7,13 +7,12 @@ applies the EOS rule first (before the temperature), then temperature, top-k and
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from enum import Enum
-from numbers import Real
 from typing import Any, Literal
 
 from bark_fast.errors import InvalidInput
+from bark_fast.numeric import is_number
 
 Dialect = Literal["suno", "hf"]
 DIALECTS: tuple[Dialect, ...] = ("suno", "hf")
@@ -32,7 +31,7 @@ INHERIT = Inherit.CHECKPOINT
 
 
 def _number(name: str, value: object, bound: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value):
         raise InvalidInput(f"{name} is {value!r}; it must be {bound}, or None")
     return float(value)
 

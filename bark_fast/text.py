@@ -12,6 +12,7 @@ import numpy as np
 
 from bark_fast.config import Layout
 from bark_fast.errors import CheckpointError, InvalidInput, TextTooLong
+from bark_fast.numeric import is_whole
 from bark_fast.work import IntArray
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -130,7 +131,7 @@ def encode_text(text: str, tokenizer: Tokenizer, layout: Layout) -> IntArray:
     if len(ids) > layout.max_text_tokens:
         raise TextTooLong(
             f"text has {len(ids)} tokens; Bark reads {layout.max_text_tokens}. "
-            "Split it with bark_fast.split_text or pass long_form=True"
+            "Split it with bark_fast.split_text or pass long_form=True (--long-form)"
         )
     vocab_size = layout.text_pad_token - layout.text_encoding_offset
     if max(ids) >= vocab_size:
@@ -159,7 +160,7 @@ def split_text(
     Raises InvalidInput for anything else.
     """
     most = Layout().max_text_tokens
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or not 1 <= max_tokens <= most:
+    if not is_whole(max_tokens) or not 1 <= max_tokens <= most:
         raise InvalidInput(f"max_tokens is {max_tokens!r}; it must be an integer from 1 to {most}")
     count = _counter(tokenizer)
     text = _require_text(text)

@@ -143,6 +143,7 @@ class TestErrors:
             (["Hello.", "--top-p", "1.5"], ["top_p is 1.5"]),
             (["Hello.", "--top-k", "0"], ["top_k is 0"]),
             (["Hello.", "--seed", "-4"], ["seed is -4"]),
+            (["Hello.", "--max-seconds", "0"], ["max_seconds is 0.0"]),
             (["Hello.", "--file", "text.txt"], ["--file"]),
             (["--file", "missing.txt"], ["missing.txt"]),
             (["Hello.", "--device", "cuda:7"], ["cuda:7"]),
@@ -152,6 +153,12 @@ class TestErrors:
     def test_one_line_and_no_file(self, say, arguments, words):
         assert_one_line_error(say(*arguments, "-q"), *words)
         assert not list(say.folder.iterdir())
+
+    @pytest.mark.parametrize(
+        ("option", "words"), [("--seed", "seed is -4"), ("--max-seconds", "max_seconds"), ("--top-k", "top_k")]
+    )
+    def test_an_option_is_refused_before_anything_is_loaded(self, run, option, words):
+        assert_one_line_error(run("say", "Hello.", "-q", "--model", "nowhere", option, "-4"), words)
 
     def test_stdin_that_is_not_text(self, tmp_path, tiny_suno_dir):
         done = subprocess.run(

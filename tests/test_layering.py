@@ -21,7 +21,7 @@ FLOORS = {
     "modules": 3,
     "ops": 2, "backends": 2,
     "kernels": 1, "extension": 1,
-    "config": 0, "sampling": 0, "rule_layout": 0, "work": 0, "audio": 0, "bars": 0, "errors": 0,
+    "config": 0, "sampling": 0, "rule_layout": 0, "work": 0, "audio": 0, "bars": 0, "numeric": 0, "errors": 0,
 }  # fmt: skip
 ANNEX = {"text", "voices", "checkpoint", "make_checkpoint"}  # beside floor 5; they see floor 0 and one another
 NARROW = {"stages": 0}  # rooms that see less than the floors below them

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 
 from bark_fast import GenerationError, InvalidInput, InvalidVoice, SamplingParams, TextTooLong
+from bark_fast.ops.noise import PhiloxNoise
 
 TEXTS = ["One.", "Two, and somewhat longer.", "Three!"]
 SHORT = {"max_seconds": 0.2}
@@ -52,6 +54,14 @@ def test_a_list_of_300_texts(thrifty):
         assert np.array_equal(audio.tokens.coarse, audios[index % 10].tokens.coarse)
     assert len({audio.tokens.coarse.tobytes() for audio in audios}) == 10
     assert held(thrifty) == NOTHING
+
+
+def test_a_text_of_a_list_lets_go_of_its_noise_when_it_ends(thrifty, monkeypatch):
+    alive, most = WeakSet(), []
+    make = PhiloxNoise.__init__
+    monkeypatch.setattr(PhiloxNoise, "__init__", lambda self, *rest: alive.add(self) or make(self, *rest))
+    thrifty.generate(["One."] * 60, seed=1, max_seconds=0.03, progress=lambda event: most.append(len(alive)))
+    assert 1 < max(most) <= 2 * thrifty.max_batch
 
 
 def test_a_voice_for_all_is_read_once(thrifty, preset, monkeypatch):

@@ -135,7 +135,8 @@ class TestTokenizer:
         with pytest.raises(TextTooLong) as error:
             encode_text("word " * 312, tokenizer, LAYOUT)
         assert str(error.value) == (
-            "text has 312 tokens; Bark reads 256. Split it with bark_fast.split_text or pass long_form=True"
+            "text has 312 tokens; Bark reads 256. "
+            "Split it with bark_fast.split_text or pass long_form=True (--long-form)"
         )
         with pytest.raises(TextTooLong, match="257 tokens"):
             encode_text("word " * 257, tokenizer, LAYOUT)

@@ -8,6 +8,7 @@ from typing import Any
 
 from bark_fast.config import Layout
 from bark_fast.errors import CheckpointError, InvalidInput
+from bark_fast.numeric import is_number, is_whole
 from bark_fast.sampling import SamplingParams, StageDefaults
 
 _SEMANTIC, _COARSE, _FINE = "semantic_config", "coarse_acoustics_config", "fine_acoustics_config"
@@ -74,8 +75,8 @@ def layout_of(content: Mapping[str, Any], path: Path) -> Layout:
             value = value[0]  # eos_token_id may be a list
         if value is None:
             continue
-        number = (int, float) if ours in _RATES else (int,)
-        if isinstance(value, bool) or not isinstance(value, number) or not 0 < value < 2**31:
+        right = is_number(value) if ours in _RATES else is_whole(value)
+        if not right or not 0 < value < 2**31:
             raise CheckpointError(
                 f"{path}: {theirs} is {value!r}; a positive number is wanted; download it again"
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
+from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import preferred
 from bark_fast.sampling import Dialect, SamplingRule
 
@@ -98,7 +99,7 @@ class PhiloxNoise:
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEED_BOUND:
+        if not is_whole(seed) or not 0 <= seed < SEED_BOUND:
             raise InvalidInput(f"seed is {seed!r}; it must be an integer from 0 to 2**64 - 1")
         self.seed, self.device = seed, device
         self._place: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ import numpy as np
 from bark_fast.audio import Tokens
 from bark_fast.config import FineConfig, GPTConfig, Layout
 from bark_fast.errors import InvalidInput, NotCovered
+from bark_fast.numeric import is_number
 from bark_fast.patching.suno_engine import SunoModels
 from bark_fast.patching.swap import Policy
 from bark_fast.sampling import SamplingParams, StageDefaults
@@ -53,7 +54,7 @@ class SunoStages:
             prompts = suno._load_history_prompt(history_prompt)
             past = _ids(prompts["semantic_prompt"], 1, layout.semantic_vocab_size)
         params = _sampling(temp, top_k, top_p, min_eos_p if allow_early_stop else None)
-        if max_gen_duration_s is not None and not isinstance(max_gen_duration_s, (int, float)):
+        if max_gen_duration_s is not None and not is_number(max_gen_duration_s):
             raise NotCovered(f"max_gen_duration_s={max_gen_duration_s!r}")
         sizes = layout.semantic_infer_token + 1, layout.semantic_pad_token + 1
         with self.models.using("text", *sizes, policy) as held:
