@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -187,7 +189,10 @@ class Bark:
                 f"a time: load it with a higher max_batch, or give one seed per text"
             )
         options = self._options(semantic, coarse, fine, max_seconds, rng, joined)
-        chunks = [self._chunks(one, long_form) for one in texts]
+        chunks = []
+        for index, one in enumerate(texts):
+            with _named(f"text[{index}]" if len(texts) > 1 else ""):
+                chunks.append(self._chunks(one, long_form))
         voices = self._histories(voice, len(texts))
         if not texts:
             return []
@@ -258,17 +263,19 @@ class Bark:
         check_names(options)
         shared: dict[str, Any] = {**options, "voice": load_voice(options.get("voice"), self.voices)}
 
-        def job(request: object) -> Utterance[list[Speech]]:
+        def job(index: int, request: object) -> Utterance[list[Speech]]:
             try:
-                text, own = speech_request(request, shared)
-                return self._utterance(text, **own)
+                with _named(f"request {index}"):
+                    text, own = speech_request(request, shared)
+                    return self._utterance(text, **own)
             except Exception as error:
                 if errors == "raise":
                     raise
                 return Utterance(_failing(error), next(make_noise(0, "philox", self.device, "suno", 1, False)))
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
-            for outcome in self.scheduler.run(map(job, requests), _observer(progress), self._places):
+            jobs = starmap(job, enumerate(requests))
+            for outcome in self.scheduler.run(jobs, _observer(progress), self._places):
                 if outcome.error is not None and errors == "yield":
                     yield outcome.index, outcome.error
                 else:
@@ -366,6 +373,17 @@ class Bark:
 
 
 _long_form = long_form  # `generate` has a parameter of this name
+
+
+@contextmanager
+def _named(which: str) -> Iterator[None]:
+    """Say of which text an error is, where there are several."""
+    try:
+        yield
+    except InvalidInput as error:
+        if not which:
+            raise
+        raise type(error)(f"{which}: {error}") from None
 
 
 def _failing(error: Exception) -> Stage[list[Speech]]:

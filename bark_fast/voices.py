@@ -26,7 +26,7 @@ KEYS = ("semantic_prompt", "coarse_prompt", "fine_prompt")
 INDEX_NAME = "speaker_embeddings_path.json"
 MAX_ARRAY_BYTES = 1 << 28  # ten hours of fine tokens are 173 MB; a header that claims more is damage or malice
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*){0,7}")
-_HOW_TO_LIST = "VoiceLibrary.names() lists them, and a path to a voice file must end in .npz"
+_HOW_TO_LIST = "bark.voices.names() lists them, and a path to a voice file must end in .npz"
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,6 +56,13 @@ def test_a_list_of_300_texts(thrifty):
     assert held(thrifty) == NOTHING
 
 
+def test_an_error_says_which_text_of_a_list_it_is_about(thrifty):
+    with pytest.raises(InvalidInput, match=r"^text\[2\]: text is '', which has nothing to say"):
+        thrifty.generate(["One.", "Two.", ""])
+    with pytest.raises(InvalidInput, match=r"^text is ''"):
+        thrifty.generate("")
+
+
 def test_a_text_of_a_list_lets_go_of_its_noise_when_it_ends(thrifty, monkeypatch):
     alive, most = WeakSet(), []
     make = PhiloxNoise.__init__
@@ -112,7 +119,7 @@ class TestStreamResults:
 
     def test_the_first_error_is_raised_and_the_rest_given_up(self, thrifty):
         stream = thrifty.stream_results(["One.", "word " * 300, "Two."], seed=0, max_seconds=0.05)
-        with pytest.raises(TextTooLong):
+        with pytest.raises(TextTooLong, match=r"^request 1: text has 300 tokens"):
             list(stream)
         assert held(thrifty) == NOTHING
 

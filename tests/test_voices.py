@@ -289,7 +289,7 @@ class TestLibrary:
 
     @needs_suno
     def test_an_unknown_name_brings_close_ones(self):
-        refused("v2/en_speaker_12", VoiceLibrary(), "'v2/en_speaker_1'", "VoiceLibrary.names()")
+        refused("v2/en_speaker_12", VoiceLibrary(), "'v2/en_speaker_1'", "bark.voices.names()")
         refused("anouncer", VoiceLibrary(), "'announcer'")
 
     def test_the_hub_is_asked_last_and_only_for_what_is_needed(self, tmp_path, monkeypatch):
