@@ -17,9 +17,10 @@ from bark_fast.engine.scheduler import Group, Limits, Outcome, Scheduler, Uttera
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.pipeline import Bark
-from bark_fast.sampling import SamplingParams, StageDefaults
+from bark_fast.sampling import SamplingParams, SamplingRule, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import long_form
+from bark_fast.work import Decode, Stage
 
 CPU = torch.device("cpu")
 LAYOUT = replace(
@@ -27,6 +28,8 @@ LAYOUT = replace(
     coarse_window=20, fine_window=32, fine_stride=16,
 )  # fmt: skip
 """Every window of Bark, short: prompts slide and fine windows overlap within a second of speech."""
+RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
+"""How codes of the coarse stage are drawn."""
 PAGES_OF_ONE = {"semantic": 6, "coarse": 6}
 """Pages that the longest of these utterances needs: 24 + 1 + 64 and 24 + 1 + 40 + 20 tokens."""
 
@@ -143,3 +146,9 @@ def spoken_alone(runner: EagerRunner, request: Spoken, kind: type[SmallRunner] =
     scheduler: Scheduler = Scheduler(kind(runner), limits=Limits(prefill_rows=10_000))
     outcomes = sorted(scheduler.run(request.utterances()), key=lambda outcome: outcome.index)
     return [tokens_of(outcome) for outcome in outcomes]
+
+
+def forever() -> Stage[None]:
+    """Draws until it is closed."""
+    while True:
+        yield Decode("coarse", np.arange(10_000, 10_040), RULE, 20)

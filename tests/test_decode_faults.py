@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_load import runner_of
+from engine_load import RULE, runner_of
 
 from bark_fast import loading
 from bark_fast.engine import burst, capture
@@ -27,7 +27,6 @@ from bark_fast.pipeline import Bark
 from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, Stage
 
-RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.7)
 SEMANTIC = SamplingRule("suno", ((0, 10_001),), 10_048, temperature=0.7)
 CPU = torch.device("cpu")
 

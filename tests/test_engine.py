@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engine_load import BurstingRunner, random_request, spoken_alone
+from engine_load import RULE, BurstingRunner, random_request, spoken_alone
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,6 @@ from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, Vocode
 
 TEXTS = ["One.", "Two, and somewhat longer.", "Three!", "Four: a longer sentence, to be sure.", "Five"]
-RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
 
 
 def same(a, b) -> bool:

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_load import CPU, SmallRunner, random_request, spoken_alone, tokens_of
+from engine_load import CPU, RULE, SmallRunner, forever, random_request, spoken_alone, tokens_of
 
 from bark_fast.engine.held_noise import HeldNoise, Rewindable
 from bark_fast.engine.scheduler import Scheduler, Session, Utterance
 from bark_fast.engine.sequence import Sequence
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.pipeline import Bark
-from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, Stage
-
-RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
 
 
 def interrupted(call: Callable[[], Any], code: set[str], at: int) -> bool:
@@ -94,12 +91,6 @@ def test_a_draw_that_was_interrupted_is_made_again(ahead: int) -> None:
             rest()
         assert all(map(torch.equal, got, expected)), f"after an interrupt at call {at}"
     assert at > 20
-
-
-def forever() -> Stage[None]:
-    """Draws until it is closed."""
-    while True:
-        yield Decode("coarse", np.arange(10_000, 10_040), RULE, 20)
 
 
 def test_an_iterator_collected_while_another_enters(suno_bark: Bark) -> None:

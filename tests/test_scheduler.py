@@ -12,8 +12,10 @@ import torch
 from engine_load import (
     CPU,
     PAGES_OF_ONE,
+    RULE,
     BurstingRunner,
     SmallRunner,
+    forever,
     random_request,
     spoken_alone,
     tokens_of,
@@ -25,10 +27,7 @@ from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utte
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
-from bark_fast.sampling import SamplingRule
 from bark_fast.work import Decode, FinePass, Vocode
-
-RULE = SamplingRule("suno", ((10_000, 11_024), (11_024, 12_048)), 12_096, temperature=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -568,9 +567,3 @@ def test_many_are_cancelled_in_one_go(suno_bark, monkeypatch):
     worker.settle()
     assert sum(indices is not None for _, indices in dropped) <= 2
     assert not scheduler.rounds.active and not scheduler.rounds.waiting and not worker.under_way
-
-
-def forever():
-    """Draws until it is closed."""
-    while True:
-        yield Decode("coarse", np.arange(10_000, 10_040), RULE, 20)
