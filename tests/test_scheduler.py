@@ -508,6 +508,14 @@ def test_no_warning_without_a_fault(suno_bark, load):
         list(Scheduler(SmallRunner(suno_bark.runner)).run([r.utterances()[0] for r, _ in five(load)]))
 
 
+def test_prompts_that_are_fed_a_row_at_a_step_say_the_same(suno_bark, load):
+    """Then steps are of one row a sequence, and some of them draw while others do not."""
+    scheduler = Scheduler(SmallRunner(suno_bark.runner), limits=Limits(prefill_rows=1))
+    outcomes = scheduler.run([request.utterances()[0] for request, _ in five(load)])
+    spoken = {outcome.index: tokens_of(outcome) for outcome in outcomes}
+    assert [spoken[index] for index in range(5)] == [alone[0] for _, alone in five(load)]
+
+
 def test_outcomes_come_after_their_last_events(suno_bark):
     """Another thread may carry out a round while events are reported."""
     last = Vocode(np.zeros((8, 1), dtype=np.int64), 0)
