@@ -219,7 +219,7 @@ class Audio:
         with atomic_write(path) as temporary:
             try:
                 with soundfile.SoundFile(
-                    temporary, "w", int(self.sample_rate), 1, subtype=subtype, format=container
+                    temporary, "w", self.sample_rate, 1, subtype=subtype, format=container
                 ) as file:
                     for start in range(0, len(self.samples), BLOCK):
                         block = self.samples[start : start + BLOCK]
