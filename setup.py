@@ -158,7 +158,8 @@ def plan_cuda(
     """The CUDA sources' commands, and how to link with what they need."""
     nvcc = (str(path), *(("-ccbin", cxx[0]) if len(cxx) == 1 else ()))
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # PTX for later GPUs
+    # PTX for GPUs later than all of these, and for those in between
+    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in sorted({archs[0], archs[-1]})]
     compiler = (*nvcc, *NVCC_FLAGS, *host_flags("CXXFLAGS"), *codes, f"-I{CSRC}", *defines)
     steps = [compile_step(compiler, source, folder) for source in sorted(CSRC.glob("*.cu"))]
     home = path.parent.parent
@@ -247,7 +248,7 @@ class BuildExtension(build_ext):
         except CannotBuildError as error:
             reason = str(error)
             for folder in {path.parent for path in stale}:
-                (folder / missing).write_text(reason + "\n")
+                (folder / missing).write_text(reason + "\n", encoding="utf-8")
             said = f"_C left out: {reason}; the pure-Python pool is used instead"
         print(f"bark_fast: {said}", flush=True)
 

@@ -55,8 +55,7 @@ class PagePool:
         lengths: NDArray[np.int32],
     ) -> NDArray[np.int32]: ...
 
-paged_kv_cuda: bool
-
+def cuda_fault(device: int) -> str: ...
 def append_kv(
     qkv: object, k_pages: object, v_pages: object, slots: object, threads: int, stream: int
 ) -> None: ...

@@ -25,8 +25,20 @@ def backends() -> list[Backend]:
     return [
         Backend("torch", True, f"eager operations of torch {torch.__version__}"),
         _triton(torch.cuda.is_available()),
-        Backend("extension", load() is not None, describe()),
+        Backend("extension", load() is not None, describe() + _cuda_fault()),
     ]
+
+
+def _cuda_fault() -> str:
+    """What keeps the extension's CUDA part from running on the GPUs that are here."""
+    import torch
+
+    module = load()
+    if module is None or not module.build_info()["cuda_archs"]:
+        return ""
+    faults = {index: module.cuda_fault(index) for index in range(torch.cuda.device_count())}
+    told = [f"cuda:{index} ({fault})" for index, fault in faults.items() if fault]
+    return f"; Triton takes its place on {', '.join(told)}" if told else ""
 
 
 def installed_version(package: str) -> str | None:

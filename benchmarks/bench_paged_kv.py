@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if paged_kv.compiled(False) is None:
+    if paged_kv.compiled(None) is None:
         raise SystemExit("bark_fast._C is missing: nothing to measure")
     repeats = 5 if options.quick else 15
     rows = []

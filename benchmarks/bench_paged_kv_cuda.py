@@ -66,7 +66,7 @@ def decode_steps(batch: int, keys: int, n_head: int, dtype: torch.dtype, device:
             F.scaled_dot_product_attention(query[:, :, None], k, v)
 
     backends: dict[str, Backend] = {"triton": "triton"}
-    if paged_kv.compiled(cuda=True) is not None:
+    if paged_kv.compiled(0) is not None:
         backends["cuda"] = "auto"
     steps: dict[str, Step] = {"sdpa": sdpa}
     for name, backend in backends.items():

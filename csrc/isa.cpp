@@ -4,6 +4,10 @@
 #include <cstring>
 #include <vector>
 
+#ifdef BARK_FAST_X86
+#include <cpuid.h>
+#endif
+
 namespace bark_fast {
 namespace cpu {
 namespace {
@@ -14,9 +18,11 @@ struct Isa {
 };
 
 #ifdef BARK_FAST_X86
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+bool has_f16c() {  // clang 14 and gcc 10 cannot be asked for it by name
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -280,8 +280,11 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t fi
     };
     const T* lines[O];
     const T* following[O];
-    int64_t at = 0, place = lines_of(0, lines);
-    lines_of(0, following);
+    int64_t at = 0, place = 0;
+    if (pieces) {
+        place = lines_of(0, lines);
+        lines_of(0, following);
+    }
     while (at < blocks * pieces) {
         const char* ahead[O];
         int64_t following_place = 0;

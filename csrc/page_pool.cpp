@@ -51,7 +51,7 @@ Handle PagePool::create() {
     return occupy();
 }
 
-std::optional<Copy> PagePool::extend(Handle handle, std::int64_t n) {
+std::optional<PageCopy> PagePool::extend(Handle handle, std::int64_t n) {
     std::lock_guard lock(mutex_);
     begin_plan();
     plan_one(find(handle), n);
@@ -99,7 +99,7 @@ void PagePool::free(Handle handle) {
 }
 
 void PagePool::step(const Handle* handles, const std::int32_t* n_new, std::size_t batch, const StepOutput& out,
-                    std::vector<Copy>& copies) {
+                    std::vector<PageCopy>& copies) {
     std::lock_guard lock(mutex_);
     make_plan(handles, n_new, batch);
     if (plan_.widest > out.max_pages)
@@ -115,7 +115,7 @@ void PagePool::step(const Handle* handles, const std::int32_t* n_new, std::size_
     std::int64_t* slot = out.slots;
     for (std::size_t row = 0; row < batch; ++row) {
         const Planned& item = plan_.items[row];
-        if (const std::optional<Copy> copy = commit(item)) copies.push_back(*copy);
+        if (const std::optional<PageCopy> copy = commit(item)) copies.push_back(*copy);
         const std::vector<std::int32_t>& pages = sequences_[item.index].pages;
         std::int32_t* table = out.block_tables + static_cast<std::int64_t>(row) * out.row_stride;
         std::fill(std::copy(pages.begin(), pages.end(), table), table + out.max_pages, -1);
@@ -255,12 +255,12 @@ void PagePool::reserve_planned() {
     for (const Planned& item : plan_.items) reserve(sequences_[item.index].pages, item.pages);
 }
 
-std::optional<Copy> PagePool::commit(const Planned& item) {
+std::optional<PageCopy> PagePool::commit(const Planned& item) {
     Sequence& sequence = sequences_[item.index];
-    std::optional<Copy> copy;
+    std::optional<PageCopy> copy;
     if (item.copy) {
         std::int32_t& last = sequence.pages.back();
-        copy = Copy{last, take_page()};
+        copy = PageCopy{last, take_page()};
         release_page(last);  // never the last reference, or no copy would have been planned
         last = copy->target;
     }

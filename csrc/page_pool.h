@@ -18,7 +18,7 @@ namespace bark_fast {
 using Handle = std::int64_t;
 
 // Copy page `source` to page `target` before the next write through a block table.
-struct Copy {
+struct PageCopy {
     std::int32_t source;
     std::int32_t target;
 };
@@ -66,7 +66,7 @@ class PagePool {
     // A new, empty sequence.
     Handle create();
     // Room for `n` more tokens.
-    std::optional<Copy> extend(Handle handle, std::int64_t n);
+    std::optional<PageCopy> extend(Handle handle, std::int64_t n);
     // Drop the tokens from `length` on.
     void truncate(Handle handle, std::int64_t length);
     // A new sequence that shares the first `length` tokens; all of them by default.
@@ -78,7 +78,7 @@ class PagePool {
     // `copies`. Allocates nothing once its scratch space has grown to the batch. Inputs are read once, before
     // anything is written, so they may overlap the output.
     void step(const Handle* handles, const std::int32_t* n_new, std::size_t batch, const StepOutput& out,
-              std::vector<Copy>& copies);
+              std::vector<PageCopy>& copies);
     // Pages that such a step would take from the free ones, copies on write included.
     std::int64_t pages_needed(const Handle* handles, const std::int32_t* n_new, std::size_t batch) const;
     bool can_extend(const Handle* handles, const std::int32_t* n_new, std::size_t batch) const;
@@ -128,7 +128,7 @@ class PagePool {
     void begin_plan() const;
     void check_free() const;
     void reserve_planned();
-    std::optional<Copy> commit(const Planned& item);
+    std::optional<PageCopy> commit(const Planned& item);
     std::int32_t take_page();
     void share_page(std::int32_t page);
     void release_page(std::int32_t page);

@@ -89,14 +89,14 @@ py::array_t<std::int32_t> step(PagePool& pool, py::array handles, py::array n_ne
     out.num_slots = slots.size();
     out.lengths = elements<std::int32_t>("lengths", lengths, 1, true);
     check_size("lengths", lengths.size(), batch.size);
-    std::vector<Copy> copies;
+    std::vector<PageCopy> copies;
     {
         py::gil_scoped_release released;
         pool.step(batch.handles, batch.n_new, batch.size, out, copies);
     }
-    static_assert(sizeof(Copy) == 2 * sizeof(std::int32_t));
+    static_assert(sizeof(PageCopy) == 2 * sizeof(std::int32_t));
     py::array_t<std::int32_t> result({static_cast<py::ssize_t>(copies.size()), py::ssize_t{2}});
-    if (!copies.empty()) std::memcpy(result.mutable_data(), copies.data(), copies.size() * sizeof(Copy));
+    if (!copies.empty()) std::memcpy(result.mutable_data(), copies.data(), copies.size() * sizeof(PageCopy));
     return result;
 }
 
@@ -139,7 +139,7 @@ void bind_page_pool(py::module_& m) {
         .def(
             "extend",
             [](PagePool& pool, Handle handle, std::int64_t n) -> std::optional<std::pair<std::int32_t, std::int32_t>> {
-                const std::optional<Copy> copy = pool.extend(handle, n);
+                const std::optional<PageCopy> copy = pool.extend(handle, n);
                 if (!copy) return std::nullopt;
                 return std::pair(copy->source, copy->target);
             },

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
     const int32_t start = call.query_starts[seq], rows = call.query_starts[seq + 1] - start;
     const int32_t length = min(max(call.lengths[seq], 0), columns << shift);
     // a row outside its sequence (query_starts is wrong) sees nothing
-    const bool inside = row >= start && row - start < rows;
+    const bool inside = start >= 0 && row >= start && row - start < rows;
     const int32_t keys = inside ? max(visible_keys(length, rows, row - start), 0) : 0;
     const int32_t first = part_start(keys, parts, part, kGroups), last = part_start(keys, parts, part + 1, kGroups);
     const int32_t* table = call.block_table + seq * call.table_stride;
@@ -328,6 +328,18 @@ void paged_attention(const Attention& call, int32_t max_keys, const Scratch& scr
     if (call.dtype == DType::f32) launch_attend<float>(call, grid, scratch, columns, stream);
     if (call.dtype == DType::f16) launch_attend<__half>(call, grid, scratch, columns, stream);
     if (call.dtype == DType::bf16) launch_attend<__nv_bfloat16>(call, grid, scratch, columns, stream);
+}
+
+std::string fault(int device) {
+    try {
+        const Device guard(device);
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, attend<float, 64>), "cudaFuncGetAttributes");
+        return "";
+    } catch (const std::runtime_error& error) {
+        (void)cudaGetLastError();  // or the next launch would report it
+        return error.what();
+    }
 }
 
 void append_kv(const Append& call, int device, void* stream) {

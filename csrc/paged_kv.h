@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "dtype.h"
 #include "paged_index.h"
@@ -81,6 +82,8 @@ struct Scratch {
     int64_t partial_count;
     int64_t counter_count;
 };
+// Why kernels cannot run on a device (no code for it, too old a driver); empty where they can.
+std::string fault(int device);
 void append_kv(const Append& call, int device, void* stream);
 void paged_attention(const Attention& call, int32_t max_keys, const Scratch& scratch, int device, void* stream);
 void copy_pages(const Copy* copies, int count, int device, void* stream);

@@ -252,8 +252,8 @@ void bind_paged_kv(py::module_& module) {
     module.def("swap_pages", &swap_pages, py::arg("source"), py::arg("destination"), py::arg("pairs"),
                py::arg("threads"), py::arg("stream"));
 #ifdef BARK_FAST_CUDA
-    module.attr("paged_kv_cuda") = true;
+    module.def("cuda_fault", &cuda::fault, py::arg("device"));
 #else
-    module.attr("paged_kv_cuda") = false;
+    module.def("cuda_fault", [](int) { return std::string("built without CUDA"); }, py::arg("device"));
 #endif
 }

@@ -139,7 +139,11 @@ BARK_FAST_INLINE void store2(Half* p, Vec a, Vec b) {
     narrow_half(p + W, b);
 }
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12  // which has the other one only
+#define BARK_FAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Bits){__VA_ARGS__})
+#else
 #define BARK_FAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
 
 // Lane i of the result is the sum of the lanes of v[i].
 BARK_FAST_INLINE Vec sum_each(Vec (&v)[W]) {

@@ -104,6 +104,10 @@ inline TensorView view_of(const dlpack::Tensor& source, const char* name) {
         view.strides[i] = source.strides ? source.strides[i] : packed;
         packed *= source.shape[i];
     }
+    int64_t elements = 1;
+    for (int i = 0; i < view.ndim; ++i) elements *= view.shape[i];
+    if (!source.data && elements)  // a subclass that keeps its numbers elsewhere, or a fake
+        throw std::invalid_argument(std::string(name) + " has no memory of its own; expected a plain tensor");
     return view;
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bark_fast.ops import paged_kv
 from bark_fast.ops.dispatch import HEAD_DIMS, is_eager
 from bark_fast.ops.mlp import layernorm_gelu_mlp
-from bark_fast.ops.norm_linear import extension_for, linear_residual, norm_linear
+from bark_fast.ops.norm_linear import extension_for, linear_residual, norm_linear, rows_of
 
 WEIGHTS = 12
 """Tensors of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj; a bias may be None."""
@@ -44,7 +44,8 @@ def decode_layers(x: Tensor, weights: list[Tensor | None], cache: PagedRows) -> 
     dtype. Errors are those of the operations: what does not fit raises `InvalidInput` or ValueError.
     """
     head_dim = cache.keys[0].shape[3]
-    if is_eager(x) and head_dim in HEAD_DIMS and (module := extension_for(x, weights[2])):
+    x = rows_of(x)
+    if is_eager(x) and head_dim in HEAD_DIMS and (module := extension_for(x, *weights)):
         out = x.new_empty(x.shape)
         scale = head_dim**-0.5
         module.decode_layers(

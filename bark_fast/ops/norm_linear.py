@@ -21,6 +21,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
@@ -173,6 +174,8 @@ def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     for other in others:
         if other is None:
             continue
+        if type(other) not in (Tensor, Parameter):  # a subclass may keep its numbers elsewhere
+            return None
         if other.dtype != x.dtype or not other.is_cpu or other.stride(-1) != 1 or not len(other):
             return None
     return compiled()

@@ -50,10 +50,13 @@ SCHEMAS = {
 
 
 @cache
-def compiled(cuda: bool) -> ModuleType | None:
-    """The extension, if it has these operations for the device; None means Triton or plain torch runs."""
+def compiled(gpu: int | None) -> ModuleType | None:
+    """The extension, if it runs these operations on this GPU, None the CPU; else Triton or plain torch does.
+
+    A GPU or driver that its CUDA part was not made for is no error: it is just not used there.
+    """
     module = extension.load()
-    if module is None or not hasattr(module, "paged_attention") or (cuda and not module.paged_kv_cuda):
+    if module is None or not hasattr(module, "cuda_fault") or (gpu is not None and module.cuda_fault(gpu)):
         return None
     return module
 
@@ -140,8 +143,11 @@ def attention_scratch(
     rows: int, n_head: int, head_dim: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
     """Room to split contexts on CUDA, for calls of up to `rows` rows: partial results, counters."""
-    pairs = rows * n_head
-    partials = torch.empty(MAX_PARTS * pairs * (head_dim + 2), dtype=torch.float32, device=device)
+    pairs, place = rows * n_head, torch.device(device)
+    parts = MAX_PARTS * pairs
+    if place.type == "cuda":  # p pairs are split into ceil(2 * processors / p) parts each, if at all
+        parts = min(parts, 4 * torch.cuda.get_device_properties(place).multi_processor_count)
+    partials = torch.empty(parts * (head_dim + 2), dtype=torch.float32, device=place)
     return partials, torch.zeros(pairs, dtype=torch.int32, device=device)
 
 
@@ -183,7 +189,7 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
 def _extension(pages: Tensor) -> ModuleType | None:
     if preferred() != "auto" or pages.device.type not in ("cpu", "cuda") or pages.shape[-1] not in HEAD_DIMS:
         return None
-    return compiled(pages.is_cuda)
+    return compiled(pages.device.index if pages.is_cuda else None)
 
 
 def _stream(tensor: Tensor) -> int:

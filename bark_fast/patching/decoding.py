@@ -35,7 +35,11 @@ class JointNoise:
 
     def at(self, step: int, width: int) -> Tensor:
         """Exp(1) noise (batch, width) of `step`."""
-        return self.draws.at(step, lambda: torch.empty(self.batch, width, device=self.device).exponential_())
+
+        def draw() -> Tensor:  # in fp32 whatever torch's default is, as from their fp32 probabilities
+            return torch.empty(self.batch, width, dtype=torch.float32, device=self.device).exponential_()
+
+        return self.draws.at(step, draw)
 
     def settle(self) -> None:
         """Take back what was drawn ahead and not used."""

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from bark_fast.errors import NotCovered
+from bark_fast.patching.hf_build import MODULE
 from bark_fast.patching.hf_layers import FastBlock, standing_reason
 from bark_fast.patching.hf_models import FastCausal, FastCoarse, FastFine, FastSemantic
 from bark_fast.patching.report import Entry, PatchReport
 from bark_fast.patching.swap import Patched, Policy, is_fast
 
-_MODULE = "transformers.models.bark.modeling_bark"
 _MODELS: dict[str, type[Patched]] = {
     "BarkSemanticModel": FastSemantic,
     "BarkCoarseModel": FastCoarse,
@@ -72,4 +72,4 @@ def _of_model(module: nn.Module) -> tuple[str | None, int]:
 
 
 def _names(module: Any) -> set[str]:
-    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__ == _MODULE}
+    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__ == MODULE}

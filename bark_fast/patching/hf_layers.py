@@ -12,6 +12,7 @@ from bark_fast.ops.attention import attention
 from bark_fast.ops.mlp import layernorm_gelu_mlp
 from bark_fast.ops.norm_linear import linear_residual, norm_linear
 from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing, why_not_now
+from bark_fast.patching.hf_build import why_not_block
 from bark_fast.patching.swap import Patched
 
 _UNDERSTOOD = {
@@ -45,10 +46,10 @@ def standing_reason(block: Any) -> str | None:
     kind = type(block.attn).__name__
     if kind != "BarkSelfAttention":
         return f"attention of class {kind}"
-    if type(block.mlp.gelu) is not nn.GELU or block.mlp.gelu.approximate != "none":
-        return f"an activation other than the exact GELU, {block.mlp.gelu}"
     if is_hooked(block):
         return "a layer with a hook"
+    if reason := why_not_block(block):
+        return reason
     # the question is not how a call may go, only what the layers are
     x = next(block.parameters(), torch.empty(0)).detach()
     with torch.no_grad():
@@ -77,8 +78,10 @@ def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"an attention mask of {mask.dtype} with {mask.dim()} dimensions"
     if is_hooked(block):
         return "a layer with a hook"
-    if type(block.attn).__name__ != "BarkSelfAttention" or type(block.mlp.gelu) is not nn.GELU:
+    if type(block.attn).__name__ != "BarkSelfAttention":
         return standing_reason(block)
+    if reason := why_not_block(block):
+        return reason
     return why_not_now(block, x, _layers(block))
 
 

@@ -20,9 +20,11 @@ from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing
 from bark_fast.patching.decoding import Decoder, Rows, Stage
+from bark_fast.patching.hf_build import why_not_model
+from bark_fast.patching.hf_layers import standing_reason
 from bark_fast.patching.hf_rules import Request, request_of
 from bark_fast.patching.shared import Bound, bind
-from bark_fast.patching.swap import Patched
+from bark_fast.patching.swap import Patched, State
 from bark_fast.work import Decoded
 
 # what `_sample` is given for the model's forward and is either the default or understood here
@@ -75,11 +77,7 @@ class FastCausal(Patched):
 
     def bound(self) -> Bound[GPT]:
         """Our model on their parameters. Raises `NotCovered`."""
-        cache = self._fast.cache
-        cache["bound"] = bind(
-            _any(self), config_of(self), names_of(self.stage), self._fast.policy.dtype, cache.get("bound")
-        )
-        bound: Bound[GPT] = cache["bound"]
+        bound: Bound[GPT] = _bound(self, self.stage, self._fast)
         return bound
 
     def _prompt(self, input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -191,11 +189,7 @@ class FastFine(Patched):
 
     def bound(self) -> Bound[FineGPT]:
         """Our model on their parameters. Raises `NotCovered`."""
-        cache = self._fast.cache
-        cache["bound"] = bind(
-            _any(self), config_of(self), names_of("fine"), self._fast.policy.dtype, cache.get("bound")
-        )
-        bound: Bound[FineGPT] = cache["bound"]
+        bound: Bound[FineGPT] = _bound(self, "fine", self._fast)
         return bound
 
     def _bound_or_none(self) -> Bound[FineGPT] | None:
@@ -204,6 +198,15 @@ class FastFine(Patched):
         except NotCovered as uncovered:
             self._fast.policy.decline(str(uncovered))
             return None
+
+
+def _bound(model: Any, stage: ModelName, state: State) -> Any:
+    config, names = config_of(model), names_of(stage)
+    state.cache["bound"] = bind(model, config, names, state.policy.dtype, state.cache.get("bound"))
+    reasons = (standing_reason(block) for block in model.layers)
+    if reason := next(filter(None, reasons), None) or why_not_model(model, config, names, stage != "fine"):
+        raise NotCovered(reason)
+    return state.cache["bound"]
 
 
 def config_of(model: Any) -> GPTConfig:
@@ -265,13 +268,15 @@ def _check_call(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
     if is_hooked(model) or model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
         raise NotCovered("a model with a hook (accelerate's offloading is one)")
     for name, value in model_kwargs.items():
-        if name not in _MODEL_ARGUMENTS and value not in (None, False):
+        if name not in _MODEL_ARGUMENTS and value is not None and value is not False:
             raise NotCovered(f"{name}=")
     mask, places = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    if mask is not None and not (mask.dim() == 2 and bool((mask == 1).all())):
+    if mask is not None and not (mask.shape == input_ids.shape and bool((mask == 1).all())):
         raise NotCovered("a padding mask of tokens")
-    if places is not None and not bool((places == torch.arange(places.shape[-1], device=places.device)).all()):
-        raise NotCovered("position_ids")
+    if places is not None:
+        natural = torch.arange(input_ids.shape[1], device=places.device)
+        if places.shape[-1:] != natural.shape or not bool((places == natural).all()):
+            raise NotCovered("position_ids")
     cache = cache_in(model_kwargs)
     if cache is not None and (
         type(cache).__name__ not in _EMPTY_CACHES

@@ -100,6 +100,13 @@ def why_not_plain(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in _PLAIN and (kind.__module__, kind.__name__) != ("bark.model", "LayerNorm"):
         return f"which is a {kind.__name__}"
+    if module._parameters.get("weight") is None:
+        return "without a weight"
+    for name, parameter in module._parameters.items():
+        if (
+            parameter is not None and type(parameter) is not nn.Parameter
+        ):  # quantised, or shared by several GPUs
+            return f"whose {name} is a {type(parameter).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return "which has a hook"
     if kind is nn.LayerNorm and module.eps != LAYER_NORM_EPS:
@@ -109,6 +116,9 @@ def why_not_plain(module: nn.Module) -> str | None:
     return None
 
 
-def _versions(parameters: Parameters, contents: bool) -> list[tuple[int, int]]:
-    """Where each tensor lies, and, with `contents`, a number that changes when it is written to."""
-    return [(p.data_ptr(), p._version if contents and not p.is_inference() else 0) for p in parameters.values()]
+def _versions(parameters: Parameters, contents: bool) -> list[tuple[int, tuple[int, ...], int]]:
+    """Where each tensor lies and how, and, with `contents`, a number that changes when it is written to."""
+    return [
+        (p.data_ptr(), p.stride(), p._version if contents and not p.is_inference() else 0)
+        for p in parameters.values()
+    ]

@@ -35,7 +35,7 @@ void measure_step(const char* name, int batch) {
     const std::vector<std::int32_t> n_new(batch, 1);
     std::vector<std::int32_t> tables(batch * kMaxPages), lengths(batch);
     std::vector<std::int64_t> slots(batch);
-    std::vector<Copy> copies;
+    std::vector<PageCopy> copies;
     const StepOutput out{tables.data(), kMaxPages, kMaxPages, slots.data(), batch, lengths.data()};
     measure(name, [&] {
         const int repeats = std::max(1, 64 / batch);

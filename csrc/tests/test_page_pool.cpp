@@ -166,7 +166,7 @@ class Fuzzer {
             memory_[pages.at(i / page_size_) * page_size_ + i % page_size_] = tokens[i];
     }
 
-    void copy_page(Copy copy) {
+    void copy_page(PageCopy copy) {
         for (int i = 0; i < page_size_; ++i)
             memory_[copy.target * page_size_ + i] = memory_[copy.source * page_size_ + i];
     }
@@ -178,7 +178,7 @@ class Fuzzer {
         const std::size_t start = model_.sequences.at(handle).tokens.size();
         Model after = model_;
         const bool copied = after.extend(handle, n, page_size_, random_);
-        std::optional<Copy> copy;
+        std::optional<PageCopy> copy;
         const Outcome outcome = outcome_of([&] { copy = pool_.extend(handle, n); });
         const bool fits = static_cast<int>(after.holders.size()) <= num_pages_;
         CHECK(outcome == (fits ? Outcome::ok : Outcome::out_of_pages));
@@ -226,7 +226,7 @@ class Fuzzer {
         }
         CHECK(outcome == Outcome::ok);
         CHECK(copies_.size() == copied);
-        for (const Copy& copy : copies_) copy_page(copy);
+        for (const PageCopy& copy : copies_) copy_page(copy);
         model_ = std::move(after);
         auto slot = slots.begin();
         for (std::size_t row = 0; row < handles.size(); ++row) {
@@ -297,7 +297,7 @@ class Fuzzer {
     std::vector<int> memory_;
     Model model_;
     std::vector<Handle> dead_;
-    std::vector<Copy> copies_;
+    std::vector<PageCopy> copies_;
 };
 
 // Threads with sequences of their own and one shared parent. Whatever interleaving: nothing is lost in the end.
@@ -310,7 +310,7 @@ void stress(std::uint64_t seed, int operations) {
     const auto work = [&](int thread) {
         std::mt19937_64 random(seed * kThreads + thread);
         std::vector<Handle> mine;
-        std::vector<Copy> copies;
+        std::vector<PageCopy> copies;
         for (int i = 0; i < operations; ++i) {
             const int choice = static_cast<int>(random() % 8);
             if (mine.size() < 4 || choice == 0) mine.push_back(choice % 2 ? pool.create() : pool.fork(parent));
