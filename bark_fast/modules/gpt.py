@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
-from bark_fast.ops.decode_layers import PagedRows, decode_layers
+from bark_fast.ops.decode_layers import LayerWeights, PagedRows, decode_layers
 from bark_fast.ops.embedding import embed
 from bark_fast.ops.norm_linear import Scratch, norm_linear
 
@@ -72,9 +72,9 @@ class GPT(nn.Module):
         return decode_layers(x, self._weights, cache)
 
     @cached_property
-    def _weights(self) -> list[Tensor | None]:
+    def _weights(self) -> LayerWeights:
         # gathering 12 tensors a layer takes longer than to check them; parameters are changed, never replaced
-        return [tensor for layer in self.layers for tensor in cast(Layer, layer).weights()]
+        return LayerWeights(tensor for layer in self.layers for tensor in cast(Layer, layer).weights())
 
     def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
         """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""

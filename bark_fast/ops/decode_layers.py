@@ -8,6 +8,7 @@ rows than it takes, the operations run one after another. The extension's bits a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from torch import Tensor
 from bark_fast.ops import paged_kv
 from bark_fast.ops.dispatch import HEAD_DIMS, is_eager
 from bark_fast.ops.mlp import layernorm_gelu_mlp
-from bark_fast.ops.norm_linear import extension_for, linear_residual, norm_linear, rows_of
+from bark_fast.ops.norm_linear import all_plain, extension_for, linear_residual, norm_linear, rows_of
 
 WEIGHTS = 12
 """Tensors of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj; a bias may be None."""
+
+
+class LayerWeights(list[Tensor | None]):
+    """`WEIGHTS` tensors of each layer, one layer after another, as they lie from now on."""
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """What the extension can read all of them as, which takes longer to find out than a layer; or None."""
+        first = self[0]
+        return first.dtype if first is not None and all_plain(first.dtype, self) else None
 
 
 @dataclass(frozen=True)
@@ -37,15 +48,16 @@ class PagedRows:
     slots: Tensor
 
 
-def decode_layers(x: Tensor, weights: list[Tensor | None], cache: PagedRows) -> Tensor:
+def decode_layers(x: Tensor, weights: LayerWeights, cache: PagedRows) -> Tensor:
     """Each layer x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))): (rows, n_embd), a new tensor.
 
-    x: (rows, n_embd), one row a sequence. weights: `WEIGHTS` of each layer, one layer after another, all of x's
-    dtype. Errors are those of the operations: what does not fit raises `InvalidInput` or ValueError.
+    x: (rows, n_embd), one row a sequence. weights: of x's dtype. Errors are those of the operations: what does
+    not fit raises `InvalidInput` or ValueError.
     """
     head_dim = cache.keys[0].shape[3]
     x = rows_of(x)
-    if is_eager(x) and head_dim in HEAD_DIMS and (module := extension_for(x, *weights)):
+    plain = x.dtype == weights.dtype and head_dim in HEAD_DIMS
+    if is_eager(x) and plain and (module := extension_for(x)):
         out = x.new_empty(x.shape)
         scale = head_dim**-0.5
         module.decode_layers(

@@ -59,9 +59,9 @@ def has_triton() -> bool:
 def is_eager(tensor: Tensor) -> bool:
     """No tracer is looking: an operation may skip the dispatcher, which costs more than the call."""
     return (
-        type(tensor) is Tensor
+        not torch.compiler.is_compiling()  # first, since torch.compile can make nothing of the rest
+        and type(tensor) is Tensor
         and not tensor.is_neg()
-        and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
     )

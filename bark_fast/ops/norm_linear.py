@@ -16,6 +16,7 @@ Errors: `InvalidInput` where dtypes or sizes do not fit together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
@@ -155,8 +156,11 @@ def check(
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x (..., k) as (rows, k) with neighbouring columns; a copy only where strides cannot say that."""
-    flat = x.reshape(-1, x.shape[-1])
+    """x (..., k) as (rows, k) with neighbouring columns; a copy only where strides cannot say that.
+
+    A view that negates what lies in memory is copied as well.
+    """
+    flat = x.resolve_neg().reshape(-1, x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
@@ -171,14 +175,20 @@ def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     """The extension where it takes this call, else None: few rows on the CPU, one dtype, adjacent columns."""
     if not x.is_cpu or preferred() != "auto" or not 0 < x.numel() <= COMPILED_ROWS * x.shape[-1]:
         return None
-    for other in others:
-        if other is None:
-            continue
-        if type(other) not in (Tensor, Parameter):  # a subclass may keep its numbers elsewhere
-            return None
-        if other.dtype != x.dtype or not other.is_cpu or other.stride(-1) != 1 or not len(other):
-            return None
-    return compiled()
+    return compiled() if all_plain(x.dtype, others) else None
+
+
+def all_plain(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the extension can read these, None among them, where they lie."""
+    return all(
+        one is None
+        # a subclass may keep its numbers elsewhere
+        or (
+            (type(one) in (Tensor, Parameter) and one.dtype == dtype and one.is_cpu and one.stride(-1) == 1)
+            and len(one) > 0
+        )
+        for one in tensors
+    )
 
 
 def with_adjacent_columns(weight: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from bark_fast import extension
 from bark_fast.ops import decode_layers as ops
-from bark_fast.ops.decode_layers import WEIGHTS, PagedRows, decode_layers
+from bark_fast.ops.decode_layers import WEIGHTS, LayerWeights, PagedRows, decode_layers
 from bark_fast.ops.dispatch import prefer
 
 C = extension.load()
@@ -77,7 +78,7 @@ def make(rows: int, dtype: torch.dtype, layers: int = 3) -> tuple[Tensor, list[T
         [k.to(dtype) for k in keys], [v.to(dtype) for v in values], table,
         torch.tensor(lengths, dtype=torch.int32), slots,
     )  # fmt: skip
-    return draw(rows, WIDTH).to(dtype), weights, cache
+    return draw(rows, WIDTH).to(dtype), LayerWeights(weights), cache
 
 
 def copied(cache: PagedRows) -> PagedRows:
@@ -121,6 +122,41 @@ def test_it_is_as_exact_as_torch(isa: str, dtype: torch.dtype, rows: int) -> Non
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("layout", ["columns", "stride of a bias", "rows of x", "negated x"])
+def test_tensors_that_lie_otherwise(layout: str) -> None:
+    x, weights, cache = make(3, torch.float32)
+    expected, bound = expected_and_bound(x, weights, cache)
+    if layout == "columns":
+        weights = LayerWeights(
+            one.t().contiguous().t() if one is not None and one.dim() == 2 else one for one in weights
+        )
+    elif layout == "stride of a bias":
+        weights = LayerWeights(
+            torch.stack([one, one], -1)[:, 0] if one is not None and one.dim() == 1 else one for one in weights
+        )
+    elif layout == "rows of x":
+        x = x.t().contiguous().t()
+    else:
+        x = torch._neg_view(-x)
+        assert x.is_neg()
+    got = decode_layers(x, weights, copied(cache))
+    assert (got.double() - expected).abs().max() <= bound
+
+
+@needs_compiled
+def test_a_tensor_without_memory_is_refused() -> None:
+    """Its data pointer is null: a subclass that keeps its numbers elsewhere, or one of torch's fakes."""
+    x, weights, cache = make(1, torch.float32)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(weights[2])
+    weights[2] = fake
+    with pytest.raises(ValueError, match="has no memory of its own"):
+        C.decode_layers(
+            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.slots,
+            torch.empty_like(x), 1.0, 1,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "wrong", ["order of layers", "a layer less", "keys and values", "residual", "one page"]
 )
@@ -128,7 +164,7 @@ def test_the_tolerance_bites(wrong: str) -> None:
     x, weights, cache = make(8, torch.float32)
     expected, bound = expected_and_bound(x, weights, cache)
     if wrong == "order of layers":
-        weights = weights[WEIGHTS:] + weights[:WEIGHTS]
+        weights = LayerWeights(weights[WEIGHTS:] + weights[:WEIGHTS])
     elif wrong == "a layer less":
         cache = replace(cache, keys=cache.keys[:2], values=cache.values[:2])
     elif wrong == "keys and values":

@@ -1,4 +1,4 @@
-"""What somebody built into a model is never passed over: the original code computes it, and one warning says so."""
+"""What somebody built into a model is not passed over: the original code computes it, and a warning says so."""
 
 from __future__ import annotations
 
