@@ -43,6 +43,8 @@ def why_not_now(module: nn.Module, x: Tensor, layers: Iterable[nn.Module]) -> st
         return f"{x.dtype} on {x.device}"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
+    if torch._C._are_functorch_transforms_active():
+        return "function transforms"
     wants_gradients = torch.is_grad_enabled()
     if wants_gradients and x.requires_grad:
         return "gradients"

@@ -44,9 +44,17 @@ def patch(
         "philox" seeds bark_fast's own noise from them, which needs no host on a GPU: other tokens, as random.
     strict: raise `NotCovered` where a call is left to the original code; otherwise it is, with one warning.
 
+    Patch and unpatch between calls, not while another thread is in one. Copies of weights are made anew when
+    the model's are moved or written to; what is written through `.data` nobody can see: patch again after it.
+
     Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
     """
     policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict))
+    if not engine and (dtype is not None or rng != "torch"):
+        raise InvalidInput(
+            f"dtype={dtype!r} and rng={rng!r} are for the engine; with engine=False layers keep the model's "
+            f"own: leave them out"
+        )
     if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
         suno.patch_module(obj, policy)
         return obj
@@ -91,8 +99,8 @@ def patched(obj: T, **options: Any) -> Iterator[T]:
         for module in target.modules()
         if isinstance(module, Patched)
     ]
-    patch(obj, **options)
     try:
+        patch(obj, **options)
         yield obj
     finally:
         unpatch(obj)

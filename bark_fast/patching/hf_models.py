@@ -55,11 +55,14 @@ class FastCausal(Patched):
             try:
                 if synced_gpus or streamer is not None:
                     raise NotCovered("a streamer" if streamer is not None else "synced_gpus")
+                if generation_config.return_dict_in_generate and not self._in_stage():
+                    raise NotCovered("return_dict_in_generate, which returns the cache")
                 _check_call(model, input_ids, model_kwargs)
-                vocab_size, length = model.lm_head.weight.shape[0], input_ids.shape[1]
+                bound, length = self.bound(), input_ids.shape[1]
+                vocab_size = bound.model.config.output_vocab_size
                 request = request_of(logits_processor, stopping_criteria, generation_config, vocab_size, length)
                 ids, merged = self._prompt(input_ids, model_kwargs)
-                drawn = self._draw(ids, merged, request)
+                drawn = self._draw(bound, ids, merged, request)
             except NotCovered as uncovered:
                 state.policy.decline(str(uncovered))
                 return super()._sample(  # type: ignore[misc]
@@ -86,8 +89,8 @@ class FastCausal(Patched):
             raise NotCovered("a prompt of embeddings")
         return input_ids, None
 
-    def _draw(self, ids: Tensor, merged: Tensor | None, request: Request) -> list[Decoded]:
-        rows = self._rows(len(ids))
+    def _draw(self, bound: Bound[GPT], ids: Tensor, merged: Tensor | None, request: Request) -> list[Decoded]:
+        rows = self._rows(bound, len(ids))
         try:
             return rows.decode(
                 ids.cpu().numpy(), request.rule, request.max_new_tokens,
@@ -97,11 +100,16 @@ class FastCausal(Patched):
             if self._fast.cache.get("rows") is not rows:
                 rows.close()
 
-    def _rows(self, batch: int) -> Rows:
+    def _in_stage(self) -> bool:
+        """Whether Bark's own `generate` called, which looks at the tokens only."""
+        return not self._fast.cache.keys().isdisjoint(("prompt", "windows"))
+
+    def _rows(self, bound: Bound[GPT], batch: int) -> Rows:
         """Sequences for a batch: those of the window before, between windows of one text."""
-        cache, bound = self._fast.cache, self.bound()
+        cache = self._fast.cache
         decoder = cache.get("decoder")
-        if decoder is None or decoder.bound is not bound or decoder.rows < batch:
+        # a batch much smaller than the one before does not keep its pages
+        if decoder is None or decoder.bound is not bound or not batch <= decoder.rows <= 4 * batch:
             self._let_rows_go()
             decoder = cache["decoder"] = Decoder(self.stage, bound, batch)
         rows: Rows | None = cache.get("rows")
@@ -128,7 +136,10 @@ class FastSemantic(FastCausal):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         state = self._fast
         with state.lock:
-            state.cache["prompt"] = _semantic_prompt(*args, **kwargs)
+            try:
+                state.cache["prompt"] = _semantic_prompt(*args, **kwargs)
+            except Exception:  # theirs says what is wrong with the arguments
+                state.cache["prompt"] = None
             try:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             finally:
@@ -201,12 +212,14 @@ class FastFine(Patched):
 
 
 def _bound(model: Any, stage: ModelName, state: State) -> Any:
+    known = state.cache.pop("bound", None)  # copies are not kept of what was changed meanwhile, and back again
     config, names = config_of(model), names_of(stage)
-    state.cache["bound"] = bind(model, config, names, state.policy.dtype, state.cache.get("bound"))
+    bound: Any = bind(model, config, names, state.policy.dtype, known)
     reasons = (standing_reason(block) for block in model.layers)
     if reason := next(filter(None, reasons), None) or why_not_model(model, config, names, stage != "fine"):
         raise NotCovered(reason)
-    return state.cache["bound"]
+    state.cache["bound"] = bound
+    return bound
 
 
 def config_of(model: Any) -> GPTConfig:
@@ -248,6 +261,7 @@ def _fits(config: GPTConfig, codebook: Any, codes: Tensor) -> bool:
         isinstance(codebook, int)
         and config.n_codes_given <= codebook < config.n_codes_total
         and codes.dim() == 3
+        and codes.dtype in (torch.int32, torch.int64)
         and codes.shape[1] <= config.block_size
         and codes.shape[2] == config.n_codes_total
     )

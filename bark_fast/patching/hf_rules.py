@@ -5,6 +5,7 @@ Source: transformers `generation/logits_process.py`, `generation/stopping_criter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,17 @@ def request_of(
     eos, max_new_tokens = _ends(stopping, prompt)
     found: dict[str, Any] = {}
     for processor in processors:
-        name = type(processor).__name__
+        name = _name(processor)
         rank = _ORDER.index(name) if name in _ORDER else -1
         if rank < 0 or any(_ORDER.index(other) >= rank for other in found):
             raise NotCovered(f"the logits processor {name}{' in this place' if rank >= 0 else ''}")
         found[name] = processor
     suppress, prioritizer, alternating, temperature, top_k, top_p, _ = map(found.get, _ORDER)
+    for one in (top_k, top_p):
+        if one is not None and one.filter_value != -math.inf:
+            raise NotCovered(f"{type(one).__name__} with filter_value")
+    if top_p is not None and top_p.min_tokens_to_keep != 1:  # top_k's is part of its k
+        raise NotCovered("TopPLogitsWarper with min_tokens_to_keep")
     windows = _windows(suppress, alternating, vocab_size, prompt)
     if eos is not None and any(eos != high - 1 for _, high in windows):
         raise NotCovered(f"the end token {eos} within the tokens that are drawn")
@@ -77,6 +83,14 @@ def request_of(
     return Request(rule, max_new_tokens)
 
 
+def _name(rule: Any) -> str:
+    """The class, by which transformers' own are known; others may be called as those are."""
+    kind = type(rule)
+    return (
+        kind.__name__ if kind.__module__.startswith("transformers.") else f"{kind.__module__}.{kind.__name__}"
+    )
+
+
 def _windows(suppress: Any, alternating: Any, vocab_size: int, prompt: int) -> tuple[tuple[int, int], ...]:
     if alternating is not None:
         if suppress is not None or alternating.input_start_len != prompt:
@@ -98,7 +112,7 @@ def _ends(stopping: Iterable[Any], prompt: int) -> tuple[int | None, int]:
     eos: int | None = None
     limit: int | None = None
     for criterion in stopping:
-        name = type(criterion).__name__
+        name = _name(criterion)
         if name == "MaxLengthCriteria":
             limit = int(criterion.max_length) if limit is None else min(limit, int(criterion.max_length))
         elif name == "EosTokenCriteria" and eos is None:

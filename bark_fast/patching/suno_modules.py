@@ -147,8 +147,6 @@ def _why_not_here(block: Any, x: Tensor) -> str | None:
     """None if a call of `block` on `x` is plain inference."""
     if type(x) is not Tensor or x.dim() != 3 or not x.numel():
         return "an input that is no (batch, time, n_embd) tensor"
-    if torch._C._are_functorch_transforms_active():
-        return "function transforms"
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return "calls under global hooks"
     attn, mlp = block.attn, block.mlp

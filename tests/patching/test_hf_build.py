@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.utils import GenerationMixin
 
 import bark_fast
+from bark_fast.errors import InvalidInput
+from bark_fast.patching import core
 
 SHORT = {"semantic_max_new_tokens": 12}
 
@@ -178,3 +186,112 @@ def test_arguments_of_the_forward_that_the_engine_has_not(peer, given):
         return
     with pytest.warns(RuntimeWarning, match="labels" if given == "labels" else "mask|position_ids"):
         assert draw().equal(expected)
+
+
+def drawn(model, ids, **options):
+    """What the causal model draws after `ids`, or what transformers says against it."""
+    torch.manual_seed(0)
+    try:
+        return GenerationMixin.generate(model, ids, max_new_tokens=8, do_sample=True, **options)
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+        return type(error)
+
+
+@pytest.mark.parametrize(
+    "processor", [TopPLogitsWarper(1e-4, min_tokens_to_keep=50), TopKLogitsWarper(1, filter_value=0.0)]
+)
+def test_filters_with_options_of_their_own(peer, processor):
+    model, ids = peer.model.coarse_acoustics, torch.arange(10_000, 10_020)[None]
+    options = {"logits_processor": LogitsProcessorList([processor]), "top_k": 0}
+    expected = drawn(model, ids, **options)
+    bark_fast.patch(model)
+    with pytest.warns(RuntimeWarning, match="with filter_value|with min_tokens_to_keep"):
+        assert drawn(model, ids, **options).equal(expected)
+
+
+def test_a_processor_that_is_called_like_theirs(peer):
+    class TemperatureLogitsWarper(LogitsProcessor):
+        temperature = 1.0
+
+        def __call__(self, input_ids, scores):
+            return -scores
+
+    model, ids = peer.model.coarse_acoustics, torch.arange(10_000, 10_020)[None]
+    options = {"logits_processor": LogitsProcessorList([TemperatureLogitsWarper()]), "top_k": 0}
+    expected = drawn(model, ids, **options)
+    bark_fast.patch(model)
+    with pytest.warns(RuntimeWarning, match=r"test_hf_build\.TemperatureLogitsWarper"):
+        assert drawn(model, ids, **options).equal(expected)
+
+
+def test_a_dict_that_is_asked_for_has_the_cache(peer):
+    model, ids = peer.model.coarse_acoustics, torch.arange(10_000, 10_020)[None]
+    expected = drawn(model, ids, return_dict_in_generate=True)
+    bark_fast.patch(model)
+    with pytest.warns(RuntimeWarning, match="return_dict_in_generate"):
+        got = drawn(model, ids, return_dict_in_generate=True)
+    assert got.keys() == expected.keys() and len(got.keys()) > 1
+    assert got.sequences.equal(expected.sequences)
+
+
+def test_a_small_batch_does_not_keep_the_pages_of_a_large_one(peer):
+    model = bark_fast.patch(peer.model)
+    rows = []
+    for count in (6, 3, 1):
+        peer.speak(["Hello there."] * count, **SHORT)
+        rows.append(model.semantic._fast.cache["decoder"].rows)
+    assert rows == [6, 6, 1]
+
+
+def test_an_error_is_the_one_it_was(peer):
+    model, ids = peer.model, torch.randint(0, 1000, (1, 256))
+    shapes = {"semantic_prompt": 9, "coarse_prompt": (2, 9), "fine_prompt": (8, 9)}
+    wrong = {name: np.zeros(shape, dtype=np.int64) for name, shape in shapes.items()}
+
+    def fault():
+        with pytest.raises(Exception) as error:
+            model.generate(ids, history_prompt=wrong, **SHORT)
+        return error.type
+
+    expected = fault()
+    bark_fast.patch(model)
+    assert fault() is expected
+
+
+def test_layers_only_take_no_dtype(peer):
+    for option in ({"dtype": "bfloat16"}, {"rng": "philox"}):
+        with pytest.raises(InvalidInput, match="engine=False"):
+            bark_fast.patch(peer.model, engine=False, **option)
+    assert not bark_fast.is_patched(peer.model)
+
+
+def test_a_patch_that_fails_within_another_leaves_that_one(peer, monkeypatch):
+    bark_fast.patch(peer.model, strict=True)
+    swap, calls = core.swap, []
+
+    def fail_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        swap(*arguments)
+
+    monkeypatch.setattr(core, "swap", fail_once)
+    with pytest.raises(MemoryError), bark_fast.patched(peer.model):
+        pass
+    assert peer.model.semantic._fast.policy.strict and peer.model.fine_acoustics._fast.policy.strict
+
+
+def test_copies_are_made_anew_after_an_adapter_came_and_went(peer):
+    """Merging writes through `.data`, which leaves no trace on the parameter."""
+    bark_fast.patch(peer.model, dtype="bfloat16")
+    before = spoken(peer)
+    head = peer.model.semantic.lm_head
+    peer.model.semantic.lm_head = nn.Sequential(head)
+    with pytest.warns(RuntimeWarning, match="Sequential"):
+        spoken(peer)
+    peer.model.semantic.lm_head = head
+    head.weight.data.mul_(-1)
+    after = spoken(peer)
+    assert not same(after, before)
+    bark_fast.patch(peer.model, dtype="bfloat16")
+    assert same(after, spoken(peer))
