@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from bark_fast.checkpoint.names import gpt_shapes
 from bark_fast.config import GPTConfig
-from bark_fast.patching.shared import Names
+from bark_fast.patching.shared import Names, places_of
 
 MODULE = "transformers.models.bark.modeling_bark"
 _OVERRIDDEN = ("forward", "_sample", "prepare_inputs_for_generation")
@@ -45,7 +44,7 @@ def why_not_model(model: Any, config: GPTConfig, names: Names, causal: bool) -> 
         if (attn.num_heads, attn.head_dim, attn.is_causal) != (config.n_head, config.head_dim, causal):
             return "attention with other heads, or another mask, than the model's configuration has"
     found = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if added := found - set(map(names, gpt_shapes(config))):
+    if added := found - {f"{path}.{leaf}" for _, path, leaf, _ in places_of(config, names)}:
         return f"{min(added)}, a parameter that Bark has not"
     return None
 

@@ -7,6 +7,7 @@ sampled decoding, is ours.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from bark_fast.patching.decoding import Decoder, Rows, Stage
 from bark_fast.patching.hf_build import why_not_model
 from bark_fast.patching.hf_layers import standing_reason
 from bark_fast.patching.hf_rules import Request, request_of
-from bark_fast.patching.shared import Bound, bind
+from bark_fast.patching.shared import Bound, Names, bind
 from bark_fast.patching.swap import Patched, State
 from bark_fast.work import Decoded
 
@@ -245,7 +246,8 @@ def config_of(model: Any) -> GPTConfig:
         raise NotCovered(f"a model of another build ({error})") from None
 
 
-def names_of(stage: ModelName) -> Any:
+@cache
+def names_of(stage: ModelName) -> Names:
     """From our parameter names to theirs within the sub-model."""
     return lambda name: hf_name(stage, name).removeprefix(HF_PREFIX[stage])
 

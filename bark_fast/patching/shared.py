@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -73,15 +74,16 @@ def bind(
 def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Parameters:
     """Their parameters under our names. Raises `NotCovered` where a layer was replaced, hooked or misfits."""
     found: Parameters = {}
-    for ours, shape in gpt_shapes(config).items():
-        path, _, leaf = names(ours).rpartition(".")
-        try:
-            owner = theirs.get_submodule(path)
-        except AttributeError:
-            raise NotCovered(f"a model without {path}") from None
-        if reason := why_not_plain(owner):
-            raise NotCovered(f"{path}, {reason}")
-        parameter = owner._parameters.get(leaf)
+    owners: dict[str, nn.Module] = {}
+    for ours, path, leaf, shape in places_of(config, names):
+        if path not in owners:
+            try:
+                owners[path] = theirs.get_submodule(path)
+            except AttributeError:
+                raise NotCovered(f"a model without {path}") from None
+            if reason := why_not_plain(owners[path]):
+                raise NotCovered(f"{path}, {reason}")
+        parameter = owners[path]._parameters.get(leaf)
         if parameter is None or tuple(parameter.shape) != shape:
             shown = "nothing" if parameter is None else tuple(parameter.shape)
             raise NotCovered(f"{path}.{leaf}, which is {shown} where {shape} was expected")
@@ -93,6 +95,14 @@ def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Paramet
     if dtype not in FLOATING or device.type == "meta":
         raise NotCovered(f"weights of {dtype} on {device}")
     return found
+
+
+@cache
+def places_of(config: GPTConfig, names: Names) -> tuple[tuple[str, str, str, tuple[int, ...]], ...]:
+    """Of each parameter our name, the path of its module and its name there, and its shape."""
+    return tuple(
+        (ours, *names(ours).rpartition(".")[::2], tuple(shape)) for ours, shape in gpt_shapes(config).items()
+    )
 
 
 def why_not_plain(module: nn.Module) -> str | None:
