@@ -180,15 +180,14 @@ def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
 
 def all_plain(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> bool:
     """Whether the extension can read these, None among them, where they lie."""
-    return all(
-        one is None
-        # a subclass may keep its numbers elsewhere
-        or (
-            (type(one) in (Tensor, Parameter) and one.dtype == dtype and one.is_cpu and one.stride(-1) == 1)
-            and len(one) > 0
-        )
-        for one in tensors
-    )
+    for one in tensors:
+        if one is None:
+            continue
+        if type(one) not in (Tensor, Parameter):  # a subclass may keep its numbers elsewhere
+            return False
+        if one.dtype != dtype or not one.is_cpu or one.stride(-1) != 1 or not len(one):
+            return False
+    return True
 
 
 def with_adjacent_columns(weight: Tensor) -> Tensor:

@@ -559,6 +559,18 @@ def test_cuda_rows_outside_their_sequence_are_zero(cuda: str) -> None:
     assert out.isfinite().all() and out[1].any() and out[2].any()
 
 
+def test_cuda_new_rows_before_the_first_are_not_followed(cuda: str) -> None:
+    batch = make_batch([20], [1]).to(cuda)
+    qkv = torch.full((8, batch.qkv.shape[1]), torch.nan, device=cuda)[7:]
+    qkv.copy_(batch.qkv)
+    batch.query_starts.copy_(torch.tensor([-5, 1], dtype=torch.int32))
+    out = paged_kv.append_attention(
+        qkv, batch.k_pages, batch.v_pages, batch.block_table, batch.lengths, batch.query_starts,
+        torch.full((1,), -1, device=cuda), batch.out(),
+    )  # fmt: skip
+    assert (out == 0).all()
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_pages_are_swapped_with_pinned_memory() -> None:
