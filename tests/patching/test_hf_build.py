@@ -17,6 +17,7 @@ from transformers.generation.utils import GenerationMixin
 import bark_fast
 from bark_fast.errors import InvalidInput
 from bark_fast.patching import core
+from bark_fast.patching.swap import Policy
 
 SHORT = {"semantic_max_new_tokens": 12}
 
@@ -295,3 +296,15 @@ def test_copies_are_made_anew_after_an_adapter_came_and_went(peer):
     assert not same(after, before)
     bark_fast.patch(peer.model, dtype="bfloat16")
     assert same(after, spoken(peer))
+
+
+def test_another_value_is_no_other_reason():
+    policy = Policy(True, None, "torch", False)
+    with pytest.warns(RuntimeWarning) as told:
+        for reason in ("temp=0.7, top_k=5", "temp=1e-05, top_k=50", "temp=0.7", "a streamer", "a streamer"):
+            policy.decline(reason)
+    assert [str(one.message).split(" to the ")[0] for one in told] == [
+        "bark_fast leaves temp=0.7, top_k=5",
+        "bark_fast leaves temp=0.7",
+        "bark_fast leaves a streamer",
+    ]
