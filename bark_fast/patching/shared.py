@@ -113,9 +113,8 @@ def why_not_plain(module: nn.Module) -> str | None:
     if module._parameters.get("weight") is None:
         return "without a weight"
     for name, parameter in module._parameters.items():
-        if (
-            parameter is not None and type(parameter) is not nn.Parameter
-        ):  # quantised, or shared by several GPUs
+        # of another class are quantised ones, and those that lie on several GPUs
+        if parameter is not None and type(parameter) is not nn.Parameter:
             return f"whose {name} is a {type(parameter).__name__}"
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return "which has a hook"
