@@ -7,11 +7,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bark_fast import extension
 from bark_fast.backends import backends
+from bark_fast.ops import paged_kv
 
 
 @pytest.fixture
@@ -74,3 +77,21 @@ def test_without_a_compiler_the_build_goes_on_and_writes_down_why(tmp_path):
         f"bark_fast: _C left out: {reason}; the pure-Python pool is used instead"
     )
     assert (tmp_path / "bark_fast" / "_C_missing.txt").read_text().strip() == reason
+
+
+def test_a_cuda_part_that_cannot_run_on_a_gpu_is_not_used_there(monkeypatch):
+    """No code for it, or a driver older than what it was built with: Triton runs, and the doctor says why."""
+    module = SimpleNamespace(
+        cuda_fault=lambda gpu: "no kernel image" if gpu == 1 else "",
+        build_info=lambda: {"compiler": "g++", "isas": ["portable"], "cuda_archs": ["sm_90"]},
+    )
+    monkeypatch.setattr(extension, "_attempt", lambda: (module, ""))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    paged_kv.compiled.cache_clear()
+    try:
+        assert [paged_kv.compiled(gpu) for gpu in (None, 0, 1)] == [module, module, None]
+    finally:
+        paged_kv.compiled.cache_clear()
+    assert extension_backend().reason.endswith(
+        "CUDA (sm_90); Triton takes its place on cuda:1 (no kernel image)"
+    )

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from linear_cases import BACKENDS, DEVICES, Case, case, error, interpreted
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import norm_linear as ops
@@ -276,6 +277,19 @@ def test_a_measured_entry_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(norm_linear.TUNED, (90, torch.float16, 512, 768, 768), entry)
     assert norm_linear.plan(target, torch.float16, 257, 768, 768) == entry
     assert norm_linear.plan(target, torch.float16, 256, 768, 768) is None
+
+
+@pytest.mark.parametrize("tracer", ["jit", "make_fx"])
+def test_tracers_record_the_operation(tracer: str) -> None:
+    """And not the memory that it was about to write into."""
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+
+    def call(x: Tensor) -> Tensor:
+        return ops.linear(x, weight)
+
+    traced = torch.jit.trace(call, x) if tracer == "jit" else make_fx(call, tracing_mode="real")(x)
+    other = torch.randn(3, 8)
+    assert (traced(other) - other @ weight.T).abs().max() < 1e-5
 
 
 def test_operators_hold_what_torch_asks_of_them() -> None:
