@@ -20,6 +20,7 @@ from bark_fast.engine.worker import Worker
 from bark_fast.errors import InvalidInput
 from bark_fast.loading import copied_to, load_models, make_runner
 from bark_fast.numeric import is_whole
+from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
@@ -271,7 +272,7 @@ class Bark:
             except Exception as error:
                 if errors == "raise":
                     raise
-                return Utterance(_failing(error), next(make_noise(0, "philox", self.device, "suno", 1, False)))
+                return Utterance(_failing(error), PhiloxNoise(0, self.device))
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
             jobs = starmap(job, enumerate(requests))

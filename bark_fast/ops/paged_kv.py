@@ -148,7 +148,7 @@ def attention_scratch(
     if place.type == "cuda":  # p pairs are split into ceil(2 * processors / p) parts each, if at all
         parts = min(parts, 4 * torch.cuda.get_device_properties(place).multi_processor_count)
     partials = torch.empty(parts * (head_dim + 2), dtype=torch.float32, device=place)
-    return partials, torch.zeros(pairs, dtype=torch.int32, device=device)
+    return partials, torch.zeros(pairs, dtype=torch.int32, device=place)
 
 
 def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:

@@ -16,6 +16,8 @@ _OVERRIDDEN = ("forward", "_sample", "prepare_inputs_for_generation")
 def why_not_block(block: Any) -> str | None:
     """None if `block` does with its layers what transformers' block does; asked at every call."""
     attn, mlp = block.attn, block.mlp
+    if type(attn).__name__ != "BarkSelfAttention":
+        return f"attention of class {type(attn).__name__}"
     for part in (block, attn, mlp):
         kind = _original(part)
         if kind.__module__ != MODULE:

@@ -43,13 +43,10 @@ class FastBlock(Patched):
 
 def standing_reason(block: Any) -> str | None:
     """Why a block never runs fast, as it stands; None if it does."""
-    kind = type(block.attn).__name__
-    if kind != "BarkSelfAttention":
-        return f"attention of class {kind}"
-    if is_hooked(block):
-        return "a layer with a hook"
     if reason := why_not_block(block):
         return reason
+    if is_hooked(block):
+        return "a layer with a hook"
     # the question is not how a call may go, only what the layers are
     x = next(block.parameters(), torch.empty(0)).detach()
     with torch.no_grad():
@@ -78,8 +75,6 @@ def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         return f"an attention mask of {mask.dtype} with {mask.dim()} dimensions"
     if is_hooked(block):
         return "a layer with a hook"
-    if type(block.attn).__name__ != "BarkSelfAttention":
-        return standing_reason(block)
     if reason := why_not_block(block):
         return reason
     return why_not_now(block, x, _layers(block))
