@@ -96,6 +96,11 @@ def swap_pages(source: object, destination: object, pairs: object, threads: int,
 
 linear_rows: int
 
+def gemm_pays() -> bool: ...
+def flash(
+    query: object, key: object, value: object, out: object, causal: bool, scale: float, threads: int
+) -> None: ...
+def flash_pays(tensor: object) -> bool: ...
 def linear(
     x: object,
     norm_weight: object,

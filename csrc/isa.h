@@ -25,6 +25,7 @@ struct PerIsa {
 
 // Place of the one in use in the struct above.
 int chosen_isa();
+constexpr int kAvx512 = 2;
 
 template <class Table>
 const Table& PerIsa<Table>::chosen() const {

@@ -76,11 +76,16 @@ inline void add(Linear& call, const TensorView& residual) {
     call.residual_stride = residual.strides[0];
 }
 
-// x: (rows, any), at most kMostLinearRows.
-inline TensorView few_rows(pybind11::handle x_) {
-    TensorView x = tensor_view(x_, "x");
+// x: (rows, any).
+inline TensorView any_rows(pybind11::handle x_) {
+    const TensorView x = tensor_view(x_, "x");
     check_floating(x);
-    x = matrix(x_, "x", x.dtype, -1, -1);
+    return matrix(x_, "x", x.dtype, -1, -1);
+}
+
+// The same, at most kMostLinearRows of them.
+inline TensorView few_rows(pybind11::handle x_) {
+    const TensorView x = any_rows(x_);
     if (x.shape[0] > kMostLinearRows)
         reject("x has " + std::to_string(x.shape[0]) + " rows; at most " + std::to_string(kMostLinearRows));
     return x;

@@ -21,9 +21,8 @@ namespace BARK_FAST_ISA {
 namespace {
 
 #include "simd.h"
+#include "rows.inl"
 
-constexpr int64_t kStep = 2 * W;  // columns that load2 takes
-constexpr float kNormEps = 1e-5f;
 constexpr int64_t kLine = kMostOutputs + W;  // floats of one row of results before they are finished
 
 // Columns of a piece at most: the rows' share of it stays in the L1, the next one's lines are far enough ahead.
@@ -45,44 +44,6 @@ BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
     return tiles ? (rows + tiles - 1) / tiles : 0;
 }
 
-// The first `count` of kStep elements, zeros after them: the end of a line whose length is no multiple of kStep.
-template <class T>
-BARK_FAST_INLINE void load2_some(const T* p, int64_t count, Vec& a, Vec& b) {
-    T some[kStep] = {};
-    __builtin_memcpy(some, p, count * sizeof(T));
-    load2(some, a, b);
-}
-
-// W elements in their order; load2 has an order of its own.
-typedef uint16_t Shorts __attribute__((vector_size(W * 2)));
-typedef Shorts LooseShorts __attribute__((aligned(2), may_alias));
-BARK_FAST_INLINE Vec widen(const float* p) { return load(p); }
-BARK_FAST_INLINE Vec widen(const Half* p) { return widen_half(p); }
-BARK_FAST_INLINE Vec widen(const Brain* p) {
-    return (Vec)(__builtin_convertvector(*reinterpret_cast<const LooseShorts*>(p), Bits) << 16);
-}
-BARK_FAST_INLINE void narrow(float* p, Vec v) { store(p, v); }
-BARK_FAST_INLINE void narrow(Half* p, Vec v) { narrow_half(p, v); }
-BARK_FAST_INLINE void narrow(Brain* p, Vec v) {
-    *reinterpret_cast<LooseShorts*>(p) = __builtin_convertvector(round_brain(v) >> 16, Shorts);
-}
-
-// x Phi(x), 1 - Phi(a) = exp(-a^2/2) P(1 / (1 + 0.325 a)) for a >= 0; P fitted to 1.6e-9. Rounding included, the error
-// stays below 1.5e-7 max(1, |x|).
-BARK_FAST_INLINE Vec gelu(Vec x) {
-    const Vec a = (Vec)((Bits)x & 0x7fffffffu);
-    const Vec t = splat(1.0f) / fma(splat(0.325f), a, splat(1.0f));
-    Vec p = splat(0.045108399789832755f);
-    p = fma(p, t, splat(-0.22776023273197613f));
-    p = fma(p, t, splat(0.362668781196523f));
-    p = fma(p, t, splat(-0.11916703794948395f));
-    p = fma(p, t, splat(0.19431622106596957f));
-    p = fma(p, t, splat(0.11385934258753236f));
-    p = fma(p, t, splat(0.13097452643379956f));
-    const Vec tail = exp2_nonpositive(a * a * splat(-0.72134752044448170f)) * (p * t);  // log2(e) / 2
-    return x * (x > 0 ? splat(1.0f) - tail : tail);
-}
-
 BARK_FAST_INLINE int64_t steps_of(int64_t k) { return (k + kStep - 1) / kStep; }
 
 int64_t packed_bytes(int64_t rows, int64_t k) {
@@ -94,51 +55,13 @@ int64_t block(int64_t rows) { return outputs_beside(tile_rows(rows)); }
 // Rows [row, row + rows) as (step, row, kStep) in fp32, where `multiply` reads them one after another.
 template <class T>
 BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, float* packed) {
-    const int64_t k = call.k, whole = k / kStep * kStep;
+    const int64_t k = call.k;
     const T* weight = static_cast<const T*>(call.norm_weight);
     const T* bias = static_cast<const T*>(call.norm_bias);
     for (int64_t r = 0; r < rows; ++r) {
         const T* x = static_cast<const T*>(call.x) + (row + r) * call.x_stride;
-        const auto each = [&](auto use) __attribute__((always_inline)) {
-            for (int64_t j = 0; j < whole; j += kStep) {
-                Vec a, b;
-                load2(x + j, a, b);
-                use(j, kStep, a, b);
-            }
-            if (whole < k) {
-                Vec a, b;
-                load2_some(x + whole, k - whole, a, b);
-                use(whole, k - whole, a, b);
-            }
-        };
-        float mean = 0, scale = 1;
-        if (weight) {
-            Vec sum_a{}, sum_b{};
-            each([&](int64_t, int64_t, Vec a, Vec b) __attribute__((always_inline)) {
-                sum_a += a;
-                sum_b += b;
-            });
-            mean = sum_of(sum_a + sum_b) / static_cast<float>(k);
-            sum_a = sum_b = Vec{};
-            each([&](int64_t, int64_t count, Vec a, Vec b) __attribute__((always_inline)) {
-                a -= mean;
-                b -= mean;
-                if (count < kStep) {  // what lies beyond the row is not mean away from it
-                    float ones[kStep];
-                    for (int64_t i = 0; i < kStep; ++i) ones[i] = i < count ? 1.0f : 0.0f;
-                    T inside[kStep];
-                    for (int i = 0; i < kStep; i += W) narrow(inside + i, load(ones + i));
-                    Vec in_a, in_b;
-                    load2(inside, in_a, in_b);
-                    a *= in_a;
-                    b *= in_b;
-                }
-                sum_a = fma(a, a, sum_a);
-                sum_b = fma(b, b, sum_b);
-            });
-            scale = 1.0f / __builtin_sqrtf(sum_of(sum_a + sum_b) / static_cast<float>(k) + kNormEps);
-        }
-        each([&](int64_t j, int64_t count, Vec a, Vec b) __attribute__((always_inline)) {
+        const Norm norm = weight ? norm_of(x, k) : Norm{0, 1};
+        each_step(x, k, [&](int64_t j, int64_t count, Vec a, Vec b) __attribute__((always_inline)) {
             if (weight) {
                 Vec gain_a, gain_b, shift_a{}, shift_b{};
                 if (count == kStep)
@@ -147,8 +70,8 @@ BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, f
                     load2_some(weight + j, count, gain_a, gain_b);
                 if (bias && count == kStep) load2(bias + j, shift_a, shift_b);
                 if (bias && count < kStep) load2_some(bias + j, count, shift_a, shift_b);
-                a = fma((a - mean) * scale, gain_a, shift_a);
-                b = fma((b - mean) * scale, gain_b, shift_b);
+                a = fma((a - norm.mean) * norm.scale, gain_a, shift_a);
+                b = fma((b - norm.mean) * norm.scale, gain_b, shift_b);
             }
             store2(packed + j * rows + r * kStep, a, b);
         });

@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "decode_bindings.h"
+#include "flash_bindings.h"
 #include "isa.h"
 #include "linear_bindings.h"
 #include "page_pool_bindings.h"
@@ -76,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
     bind_paged_kv(m);
     bind_linear(m);
     bind_decode(m);
+    bind_flash(m);
     m.def("philox_uniform", &philox_uniform, py::arg("seed"), py::arg("stream"), py::arg("chunk"),
           py::arg("first_step"), py::arg("out"), "Uniform numbers of PhiloxNoise, before their logarithm.");
     m.def("isas", &isas, "Instruction sets that this build has and this machine runs, best first.");

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bark_fast import extension
+
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton runs on CPU tensors only interpreted, where there is no GPU"
 )
@@ -60,6 +62,18 @@ class Case:
 def error(got: Tensor, expected: Tensor) -> float:
     """Largest difference."""
     return (got.double() - expected).abs().max().item()
+
+
+def by_extension(c: Case, threads: int = 1) -> Tensor:
+    """The case by the compiled extension on the CPU, into rows that lie apart."""
+    module = extension.load()
+    assert module is not None
+    norm_weight, norm_bias = c.norm or (None, None)
+    room = torch.full((len(c.x), len(c.weight) + 5), 7.0, dtype=c.x.dtype)
+    out = room[:, : len(c.weight)]
+    module.linear(c.x, norm_weight, norm_bias, c.weight, c.bias, c.residual, out, c.gelu, threads)
+    assert (room[:, len(c.weight) :] == 7).all()  # what lies between the rows stays
+    return out
 
 
 def case(

@@ -1,4 +1,4 @@
-"""C++ tests of the page pool and of linear layers, plain and under address, UB and thread sanitizers."""
+"""C++ tests of page pool, linear layers and attention, plain and under address, UB and thread sanitizers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,15 @@ def build(folder: Path, *flags: str) -> Path:
 def build_linear(folder: Path, *flags: str) -> Path:
     """Portable code only, which has the same loops over rows, columns and pieces as the others."""
     program = folder / "test_linear"
-    names = ("linear", "linear_portable", "stages", "parallel", "isa", "tests/test_linear")
+    kernels = ("linear", "gemm", "flash")
+    names = (
+        *kernels,
+        *(f"{name}_portable" for name in kernels),
+        "stages",
+        "parallel",
+        "isa",
+        "tests/test_linear",
+    )
     command = (COMPILER, "-std=c++17", "-O2", "-pthread", "-Wall", "-Wextra", *flags)
     subprocess.run((*command, *(CSRC / f"{name}.cpp" for name in names), "-o", program, "-ldl"), check=True)
     return program
@@ -34,7 +42,7 @@ def build_linear(folder: Path, *flags: str) -> Path:
 def check_linear(program: Path) -> None:
     done = subprocess.run((program,), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "linear layers agree" in done.stdout
+    assert "linear layers and attention agree" in done.stdout
     assert "ERROR" not in done.stderr and "WARNING" not in done.stderr
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bark_fast.ops import paged_kv
-from bark_fast.ops.dispatch import HEAD_DIMS, is_eager
+from bark_fast.ops.dispatch import HEAD_DIMS, all_plain, is_eager
 from bark_fast.ops.mlp import layernorm_gelu_mlp
-from bark_fast.ops.norm_linear import all_plain, extension_for, linear_residual, norm_linear, rows_of
+from bark_fast.ops.norm_linear import extension_for, has_few_rows, linear_residual, norm_linear, rows_of
 
 WEIGHTS = 12
 """Tensors of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj; a bias may be None."""
@@ -57,7 +57,7 @@ def decode_layers(x: Tensor, weights: LayerWeights, cache: PagedRows) -> Tensor:
     head_dim = cache.keys[0].shape[3]
     x = rows_of(x)
     plain = x.dtype == weights.dtype and head_dim in HEAD_DIMS
-    if is_eager(x) and plain and (module := extension_for(x)):
+    if is_eager(x) and plain and has_few_rows(x) and (module := extension_for(x)):
         out = x.new_empty(x.shape)
         scale = head_dim**-0.5
         module.decode_layers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bark_fast.errors import InvalidInput
 
@@ -65,6 +66,18 @@ def is_eager(tensor: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def all_plain(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether the extension can read these, None among them, where they lie."""
+    for one in tensors:
+        if one is None:
+            continue
+        if type(one) not in (Tensor, Parameter):  # a subclass may keep its numbers elsewhere
+            return False
+        if one.dtype != dtype or not one.is_cpu or one.is_neg() or one.stride(-1) != 1 or not len(one):
+            return False
+    return True
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:

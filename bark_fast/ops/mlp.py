@@ -11,7 +11,14 @@ from torch import Tensor
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
 from bark_fast.ops.dispatch import define, is_eager, uses_triton
-from bark_fast.ops.norm_linear import Scratch, check, extension_for, rows_of, with_adjacent_columns
+from bark_fast.ops.norm_linear import (
+    Scratch,
+    check,
+    extension_for,
+    has_few_rows,
+    rows_of,
+    with_adjacent_columns,
+)
 
 
 def layernorm_gelu_mlp(
@@ -62,12 +69,15 @@ def _layernorm_gelu_mlp(
         )  # fmt: skip
         return y.view(x.shape)
     if module := extension_for(x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias):
-        y = x.new_empty(x.shape)
-        module.mlp(
-            rows_of(x), norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias,
-            rows_of(y), torch.get_num_threads(),
-        )  # fmt: skip
-        return y
+        rows, threads = rows_of(x), torch.get_num_threads()
+        y = rows.new_empty(rows.shape)
+        if has_few_rows(x):
+            module.mlp(rows, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias, y, threads)
+        else:
+            hidden = rows.new_empty(len(rows), len(fc_weight))
+            module.linear(rows, norm_weight, norm_bias, fc_weight, fc_bias, None, hidden, True, threads)
+            module.linear(hidden, None, None, proj_weight, proj_bias, rows, y, False, threads)
+        return y.view(x.shape)
     hidden = reference.linear(reference.layer_norm(x, norm_weight, norm_bias), fc_weight, fc_bias)
     return x + reference.linear(reference.gelu(hidden), proj_weight, proj_bias)
 

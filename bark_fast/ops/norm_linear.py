@@ -9,25 +9,24 @@ TF32 for fp32; cuBLAS obeys `torch.backends.cuda.matmul.allow_tf32`, which is of
 
 On the CPU the compiled extension takes up to `COMPILED_ROWS` rows (`dispatch.prefer("torch")` keeps it out):
 weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither
-on the rows beside it nor on their number nor on the threads. No operation has a gradient there.
+on the rows beside it nor on their number nor on the threads. More rows it takes in fp32 where that is faster
+than torch (`_C.gemm_pays`); again a row's bits do not depend on the others. No operation has a gradient there.
 
 Errors: `InvalidInput` where dtypes or sizes do not fit together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
-from bark_fast.ops.dispatch import define, is_eager, preferred, uses_triton
+from bark_fast.ops.dispatch import all_plain, define, is_eager, preferred, uses_triton
 
 Scratch = tuple[Tensor, Tensor]
 """Partial sums (fp32) and counters (int32, zero between calls), from `linear_scratch`."""
@@ -168,26 +167,22 @@ def rows_of(x: Tensor) -> Tensor:
 def compiled() -> ModuleType | None:
     """The extension, if it has linear layers."""
     module = extension.load()
-    return module if hasattr(module, "linear") else None
+    return module if hasattr(module, "gemm_pays") else None
 
 
 def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """The extension where it takes this call, else None: few rows on the CPU, one dtype, adjacent columns."""
-    if not x.is_cpu or preferred() != "auto" or not 0 < x.numel() <= COMPILED_ROWS * x.shape[-1]:
+    """The extension where it takes this call, else None: on the CPU, one dtype, adjacent columns."""
+    if not x.is_cpu or preferred() != "auto" or not x.numel():
         return None
-    return compiled() if all_plain(x.dtype, others) else None
+    module = compiled()
+    if module is None or not (has_few_rows(x) or (x.dtype == torch.float32 and module.gemm_pays())):
+        return None
+    return module if all_plain(x.dtype, others) else None
 
 
-def all_plain(dtype: torch.dtype, tensors: Iterable[Tensor | None]) -> bool:
-    """Whether the extension can read these, None among them, where they lie."""
-    for one in tensors:
-        if one is None:
-            continue
-        if type(one) not in (Tensor, Parameter):  # a subclass may keep its numbers elsewhere
-            return False
-        if one.dtype != dtype or not one.is_cpu or one.stride(-1) != 1 or not len(one):
-            return False
-    return True
+def has_few_rows(x: Tensor) -> bool:
+    """Whether these are as few as the extension takes in every dtype, and in all its operations."""
+    return x.numel() <= COMPILED_ROWS * x.shape[-1]
 
 
 def with_adjacent_columns(weight: Tensor) -> Tensor:

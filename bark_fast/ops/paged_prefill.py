@@ -96,7 +96,7 @@ def _paged_prefill(
             torch.cat((reference.gathered(pages, block_table[seq], older), fresh), 1)
             for pages, fresh in ((k_pages, rows[1]), (v_pages, rows[2]))
         )
-        seen = attention.reference(rows[0][None], key[None], value[None], causal=True, scale=scale)
+        seen = attention.attention(rows[0][None], key[None], value[None], causal=True, scale=scale)
         out[first:stop] = seen[0].transpose(0, 1).flatten(1)
 
 

@@ -1,10 +1,13 @@
-// Linear layers against their definition in double, operands in blocks of exactly their size for the sanitizers.
+// Linear layers and attention against their definition in double, operands in blocks of exactly their size for the sanitizers.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
+#include "../flash.h"
+#include "../gemm.h"
 #include "../linear.h"
 #include "../parallel.h"
 
@@ -55,7 +58,12 @@ void check(int64_t rows, int64_t n, int64_t k, int threads) {
     second.out = out.data();
     second.rows = rows;
     const Linear calls[] = {first, second};
-    cpu::linear_chain(calls, 2, threads);
+    if (rows > kMostLinearRows) {
+        cpu::gemm(first, threads);
+        cpu::gemm(second, threads);
+    } else {
+        cpu::linear_chain(calls, 2, threads);
+    }
     for (int64_t r = 0; r < rows; ++r) {
         double mean = 0, square = 0;
         for (int64_t j = 0; j < k; ++j) mean += x[r * k + j] / static_cast<double>(k);
@@ -80,6 +88,43 @@ void check(int64_t rows, int64_t n, int64_t k, int threads) {
     }
 }
 
+void check_flash(int64_t rows, int64_t keys, int64_t head_dim, bool causal, int threads) {
+    const int64_t batch = 2, heads = 3, all = batch * heads;
+    const auto query = draw(all * rows * head_dim), key = draw(all * keys * head_dim), value = draw(all * keys * head_dim);
+    std::vector<float> out(all * rows * head_dim);
+    const auto laid = [&](auto* data, int64_t count) {
+        return HeadRows<decltype(data)>{data, heads * count * head_dim, count * head_dim, head_dim};
+    };
+    const auto read = [&](const std::vector<float>& data, int64_t count) {
+        const auto rows_of = laid(data.data(), count);
+        return HeadRows<const void*>{rows_of.data, rows_of.batch_stride, rows_of.head_stride, rows_of.row_stride};
+    };
+    const auto written = laid(out.data(), rows);
+    cpu::flash({DType::f32, read(query, rows), read(key, keys), read(value, keys),
+                {written.data, written.batch_stride, written.head_stride, written.row_stride}, batch, heads, rows, keys,
+                head_dim, 0.3f, causal},
+               threads);
+    std::vector<double> weights(keys), expected(head_dim);
+    for (int64_t head = 0; head < all; ++head)
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t seen = causal ? keys - rows + row + 1 : keys;
+            double most = -1e30, sum = 0;
+            for (int64_t j = 0; j < seen; ++j) {
+                weights[j] = 0;
+                for (int64_t d = 0; d < head_dim; ++d)
+                    weights[j] += 0.3 * query[(head * rows + row) * head_dim + d] * key[(head * keys + j) * head_dim + d];
+                most = std::max(most, weights[j]);
+            }
+            std::fill(expected.begin(), expected.end(), 0);
+            for (int64_t j = 0; j < seen; ++j) {
+                sum += weights[j] = std::exp(weights[j] - most);
+                for (int64_t d = 0; d < head_dim; ++d) expected[d] += weights[j] * value[(head * keys + j) * head_dim + d];
+            }
+            for (int64_t d = 0; d < head_dim; ++d)
+                expect(std::fabs(out[(head * rows + row) * head_dim + d] - expected[d] / sum) <= 5e-6, "attention");
+        }
+}
+
 }  // namespace
 
 int main() {
@@ -88,5 +133,13 @@ int main() {
         for (int64_t rows = 1; rows <= kMostLinearRows; ++rows)
             for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {67, 530}, {300, 96}})
                 check(rows, n, k, threads);
-    std::puts("linear layers agree");
+    for (const int threads : {1, 5}) {
+        for (const int64_t rows : {17, 31, 65, 130})
+            for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {53, 300}})
+                check(rows, n, k, threads);
+        for (const auto& [rows, keys] : {std::pair<int64_t, int64_t>{1, 1}, {5, 48}, {17, 49}, {40, 97}})
+            for (const int64_t head_dim : {2, 12, 64})
+                for (const bool causal : {false, true}) check_flash(rows, keys, head_dim, causal, threads);
+    }
+    std::puts("linear layers and attention agree");
 }
