@@ -103,12 +103,17 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
     from bark_fast.audio import check_audio_path, check_voice_path
     from bark_fast.options import check_max_seconds
     from bark_fast.randomness import check_seeds
+    from bark_fast.voices import VoiceLibrary, load_voice
 
     words = _read_text(text, text_file)
+    if not words.strip():
+        raise InvalidInput("the text is empty and has nothing to say; give at least one visible character")
     # minutes of work must not end in a path that cannot be written, nor loading in an option that cannot be
     check_audio_path(output)
     if tokens_file is not None:
         check_voice_path(tokens_file)
+    if voice is not None and voice.endswith(".npz"):
+        load_voice(voice, VoiceLibrary())
     check_seeds(options["seed"], 1)
     check_max_seconds(options["max_seconds"])
     loading = {name: options.pop(name) for name in ("device", "dtype", "dialect")}

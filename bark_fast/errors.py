@@ -31,6 +31,10 @@ class GenerationError(BarkFastError, RuntimeError):
     """The model produced something that cannot become speech (NaN logits, no tokens at all)."""
 
 
+class EndedTooEarly(GenerationError):
+    """The model ended before it had said anything."""
+
+
 class HubUnreachable(CheckpointError):
     """The model hub cannot be reached and its files are not cached."""
 

@@ -72,6 +72,11 @@ def stage_options(
                 f"fine.{name} is {getattr(sampling.fine, name)!r}; Bark's fine stage samples by "
                 f"temperature alone, leave it None"
             )
+    if sampling.coarse.min_eos_p is not None:
+        raise InvalidInput(
+            f"coarse.min_eos_p is {sampling.coarse.min_eos_p!r}; only the semantic stage has an end token, "
+            f"leave it None"
+        )
     return Options(
         layout=config.layout,
         dialect=dialect,

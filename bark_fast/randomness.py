@@ -7,11 +7,13 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 
 from bark_fast.errors import InvalidInput
 from bark_fast.ops.noise import SEED_BOUND, NoiseSource, PhiloxNoise, TorchNoise
 from bark_fast.sampling import Dialect
+from bark_fast.work import IntArray
 
 Rng: TypeAlias = Literal["philox", "torch"]
 
@@ -22,10 +24,12 @@ def check_rng(rng: object) -> None:
         raise InvalidInput(f"rng is {rng!r}; choose 'philox' or 'torch'")
 
 
-def check_seeds(seed: int | Sequence[int] | None, count: int) -> int | list[int] | None:
+def check_seeds(seed: int | Sequence[int] | IntArray | None, count: int) -> int | list[int] | None:
     """`seed` as plain integers, checked: one, a list with one per text, or None."""
     if seed is None:
         return None
+    if isinstance(seed, np.ndarray) and seed.ndim:
+        seed = seed.tolist()
     if isinstance(seed, Sequence):
         if len(seed) != count:
             raise InvalidInput(f"{len(seed)} seeds for {count} texts; give one for all, or one per text")

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, Literal
 
 from bark_fast.errors import InvalidInput
-from bark_fast.numeric import is_number
+from bark_fast.numeric import is_number, is_whole
 
 Dialect = Literal["suno", "hf"]
 DIALECTS: tuple[Dialect, ...] = ("suno", "hf")
@@ -58,7 +58,7 @@ class SamplingParams:
             if 0 < self.temperature < 1e-6:
                 raise InvalidInput(f"temperature is {self.temperature!r}; below 1e-6 use 0, which is greedy")
         if not isinstance(self.top_k, Inherit) and self.top_k is not None:
-            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+            if not is_whole(self.top_k) or self.top_k < 1:
                 raise InvalidInput(f"top_k is {self.top_k!r}; it must be an integer of at least 1, or None")
         for name in ("top_p", "min_eos_p"):
             value = getattr(self, name)
@@ -140,7 +140,7 @@ def make_rule(
         windows=windows,
         vocab_size=vocab_size,
         temperature=float(values["temperature"] or 0.0),
-        top_k=values["top_k"],
+        top_k=None if values["top_k"] is None else int(values["top_k"]),
         top_p=values["top_p"],
         min_eos_p=values["min_eos_p"] if eos_token is not None else None,
         eos_token=eos_token,

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 import numpy as np
@@ -47,8 +47,9 @@ class VoiceLibrary:
 
     In this order: `speaker_embeddings`, a folder with speaker_embeddings_path.json (or that file) as on the
     Hugging Face Hub; `folder`, with the same index or with `<name>.npz` in it, in its prompts/ or
-    assets/prompts/; the prompts of an installed suno bark; `hub_id`, a repository on the Hub, from which the
-    three arrays of a voice are downloaded when it is asked for.
+    assets/prompts/; `hub_id`, a repository on the Hub, from which the three arrays of a voice are downloaded
+    when it is asked for, of the commit that `folder` is a snapshot of; the prompts of an installed suno bark,
+    which stand in where the hub cannot be reached.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class VoiceLibrary:
             if not self._indices[0].is_file():
                 raise InvalidVoice(f"there is no {self._indices[0]}; give a folder that holds {INDEX_NAME}")
         self._prompt_folders = []
+        self._revision: str | None = None
         if folder is not None:
             folder = Path(folder)
             if (folder / INDEX_NAME).is_file():
                 self._indices.append(folder / INDEX_NAME)
             self._prompt_folders += [folder, folder / "prompts", folder / "assets" / "prompts"]
-        self._prompt_folders += _installed_prompts()
+            if folder.parent.name == "snapshots":  # of the hub's cache, by its commit
+                self._revision = folder.name
 
     def names(self) -> list[str]:
         """Every name that `get` knows, sorted.
@@ -83,7 +86,8 @@ class VoiceLibrary:
         found = set(self._local_names())
         if self._hub_id is not None:
             try:
-                found.update(self._hub_index())
+                index = self._download(INDEX_NAME)
+                found.update(_sound_names(index))
             except InvalidVoice:
                 if not found:
                     raise
@@ -96,43 +100,47 @@ class VoiceLibrary:
                 f"voice name is {_short(name)}; names look like 'v2/en_speaker_6'. {_HOW_TO_LIST}"
             )
         for path in self._indices:
-            files = _read_index(path).get(name)
+            files = _entry(path, _read_index(path), name)
             if files and all(_is_file(path.parent / file) for file in files.values()):
                 arrays = {key: _read_npy(path.parent / files[key]) for key in KEYS}
                 return check_voice(arrays, name, self.layout)
         for prompts in self._prompt_folders:
             if (prompts / f"{name}.npz").is_file():
                 return _read_npz(prompts / f"{name}.npz", name, self.layout)
+        stand_in = next((p for p in _installed_prompts() if (p / f"{name}.npz").is_file()), None)
         if self._hub_id is not None:
-            files = self._hub_index().get(name)
-            if files:
-                arrays = {key: _read_npy(self._download(files[key])) for key in KEYS}
-                return check_voice(arrays, name, self.layout)
+            try:
+                index = self._download(INDEX_NAME)
+                if files := _entry(index, _read_index(index), name):
+                    arrays = {key: _read_npy(self._download(files[key])) for key in KEYS}
+                    return check_voice(arrays, name, self.layout)
+            except InvalidVoice:
+                if stand_in is None:
+                    raise
+        if stand_in is not None:
+            return _read_npz(stand_in / f"{name}.npz", name, self.layout)
         close = difflib.get_close_matches(name, self.names(), n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise InvalidVoice(f"there is no voice {_short(name)}; {hint}{_HOW_TO_LIST}")
 
     def _local_names(self) -> Iterator[str]:
         for path in self._indices:
-            for name, files in _read_index(path).items():
+            for name, files in _sound_names(path).items():
                 if all(_is_file(path.parent / file) for file in files.values()):
                     yield name
-        for prompts in self._prompt_folders:
+        for prompts in (*self._prompt_folders, *_installed_prompts()):
             for pattern in ("*.npz", "v2/*.npz"):
                 for file in prompts.glob(pattern):
                     name = file.relative_to(prompts).with_suffix("").as_posix()
                     if _NAME.fullmatch(name):
                         yield name
 
-    def _hub_index(self) -> dict[str, dict[str, str]]:
-        return _read_index(self._download(INDEX_NAME))
-
     def _download(self, file: str) -> Path:
         import huggingface_hub
 
         assert self._hub_id is not None
         try:
-            return Path(huggingface_hub.hf_hub_download(self._hub_id, file))
+            return Path(huggingface_hub.hf_hub_download(self._hub_id, file, revision=self._revision))
         except Exception as error:  # no connection, no such file, full disk: dozens of types in three packages
             raise InvalidVoice(
                 f"cannot download {file} of {self._hub_id}: {_reason(error)}; "
@@ -236,22 +244,42 @@ def _installed_prompts() -> list[Path]:
     return [Path(location) / "assets" / "prompts" for location in locations]
 
 
-def _read_index(path: Path) -> dict[str, dict[str, str]]:
-    """Name -> key -> path relative to the index; InvalidVoice if damaged or if a path leads elsewhere."""
+def _read_index(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> key -> what the index gives as the path relative to it; InvalidVoice if it is damaged."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        entries = {name: dict(files) for name, files in index.items() if name != "repo_or_path"}
+        return {name: dict(files) for name, files in index.items() if name != "repo_or_path"}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidVoice(f"cannot read {path}: {_reason(error)}; download it again") from error
-    for name, files in entries.items():
-        for key in KEYS:
-            file = files.get(key)
-            # By its text alone: files in the Hub's cache are symbolic links to outside the folder.
-            if not isinstance(file, str) or not file or "\\" in file or "\0" in file:
-                raise InvalidVoice(f"{path} gives {_short(file)} as {key} of {_short(name)}; it must be a path")
-            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                raise InvalidVoice(f"{path} leads to {_short(file)}; voices must lie beside the index")
-    return {name: {key: files[key] for key in KEYS} for name, files in entries.items()}
+
+
+def _entry(path: Path, index: dict[str, dict[str, Any]], name: str) -> dict[str, str]:
+    """Key -> path of one voice, empty if it is not in the index; InvalidVoice if a path leads elsewhere.
+
+    Entries that nobody asks for may be as they like: transformers does not look at them either.
+    """
+    if name not in index:
+        return {}
+    found = {}
+    for key in KEYS:
+        file = index[name].get(key)
+        # By its text alone: files in the Hub's cache are symbolic links to outside the folder.
+        if not isinstance(file, str) or not file or "\0" in file:
+            raise InvalidVoice(f"{path} gives {_short(file)} as {key} of {_short(name)}; it must be a path")
+        found[key] = file.replace("\\", "/")  # written on Windows, perhaps
+        parts = PurePosixPath(found[key])
+        if parts.is_absolute() or PureWindowsPath(file).drive or ".." in parts.parts:
+            raise InvalidVoice(f"{path} leads to {_short(file)}; voices must lie beside the index")
+    return found
+
+
+def _sound_names(path: Path) -> dict[str, dict[str, str]]:
+    """The index's entries that can be looked up."""
+    index, found = _read_index(path), {}
+    for name in index:
+        with suppress(InvalidVoice):
+            found[name] = _entry(path, index, name)
+    return found
 
 
 def _read_npz(path: Path, name: str, layout: Layout) -> Voice:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import oracles
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from bark_fast.checkpoint import Checkpoint, load_checkpoint
 from bark_fast.checkpoint.files import MappedPages, open_safetensors
 from bark_fast.checkpoint.hf_generation import layout_of, stage_defaults
+from bark_fast.checkpoint.suno import model_files
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, Layout, published_config
 from bark_fast.errors import CheckpointError, HubUnreachable, InvalidInput
 from bark_fast.make_checkpoint import write_checkpoint
@@ -422,8 +424,22 @@ def test_fine_temperature_of_one_is_argmax(given: dict[str, Any], wanted: float)
     assert defaults.fine == SamplingParams(wanted, None, None, None)
 
 
+def test_without_sampling_settings_the_published_ones_are_used_and_said(hf_copy: Path) -> None:
+    for content in ({}, {"_from_model_config": True}):
+        replace(hf_copy / "generation_config.json", json.dumps(content))
+        with pytest.warns(RuntimeWarning, match="says nothing of sampling"):
+            defaults = load(hf_copy).defaults
+        assert defaults.semantic == defaults.coarse == SamplingParams(0.7, 50, None, None)
+        assert defaults.fine == SamplingParams(0.5, None, None, None)
+    (hf_copy / "generation_config.json").unlink()
+    with pytest.warns(RuntimeWarning, match="says nothing of sampling"):
+        load(hf_copy)
+
+
 def test_layout_follows_transformers_defaults_and_names(tmp_path: Path) -> None:
-    from_transformers = oracles.hf().models.bark.generation_configuration_bark.BarkGenerationConfig().to_dict()
+    oracles.hf()
+    theirs = importlib.import_module("transformers.models.bark.generation_configuration_bark")
+    from_transformers = theirs.BarkGenerationConfig().to_dict()
     assert layout_of(from_transformers, tmp_path) == layout_of({}, tmp_path) == Layout()
     content = {
         "semantic_config": {"eos_token_id": [9_000], "max_new_tokens": 100, "semantic_rate_hz": 50},
@@ -441,6 +457,7 @@ def test_layout_follows_transformers_defaults_and_names(tmp_path: Path) -> None:
     [
         ({"semantic_config": {"repetition_penalty": 1.2}}, "repetition_penalty is 1.2"),
         ({"coarse_acoustics_config": {"num_beams": 4}}, "num_beams is 4"),
+        ({"semantic_config": {"forced_eos_token_id": 10_000}}, "forced_eos_token_id is 10000"),
         ({"semantic_config": {"do_sample": True, "top_p": 3}}, "top_p is 3"),
         ({"semantic_config": {"max_new_tokens": "many"}}, "max_new_tokens is 'many'"),
         ({"semantic_config": [1]}, "semantic_config is a list"),
@@ -455,7 +472,53 @@ def test_generation_settings_that_cannot_be_honoured_are_named(hf_copy: Path, co
     assert named in fault(hf_copy)
 
 
+# --- sizes of suno's models ------------------------------------------------------------------------------
+
+
+def test_which_size_of_sunos_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUNO_USE_SMALL_MODELS", raising=False)
+
+    def chosen(*names: str) -> list[str]:
+        for name in ("text", "coarse", "fine"):
+            for suffix in ("", "_2"):
+                (tmp_path / f"{name}{suffix}.pt").unlink(missing_ok=True)
+        for name in names:
+            (tmp_path / f"{name}.pt").touch()
+        return [path.stem for path in model_files(tmp_path).values()]
+
+    small, large = ("text", "coarse", "fine"), ("text_2", "coarse_2", "fine_2")
+    assert chosen(*small) == list(small) and chosen(*large) == list(large)
+    assert chosen(*small, *large) == list(large)
+    assert chosen(*small, "text_2", "fine_2") == list(small)
+    assert chosen("text", "coarse_2", "fine", "fine_2") == ["text", "coarse_2", "fine_2"]
+    with pytest.raises(CheckpointError, match=r"lacks coarse\.pt"):
+        chosen("text", "fine")
+    monkeypatch.setenv("SUNO_USE_SMALL_MODELS", "True")
+    assert chosen(*small, *large) == list(small) and chosen(*large) == list(large)
+    assert chosen("text", "text_2", "coarse_2", "fine") == ["text", "coarse_2", "fine"]
+
+
 # --- faults ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_in_place_of_a_file_is_told(hf_copy: Path, name: str) -> None:
+    replace(hf_copy / name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in fault(hf_copy) and "git lfs pull" in fault(hf_copy)
+
+
+def test_torchs_advice_to_run_code_is_not_passed_on(suno_copy: Path) -> None:
+    replace(suno_copy / "text.pt", "no pickle")
+    assert "damaged" in fault(suno_copy) and "weights_only" not in fault(suno_copy)
+
+
+def test_both_names_of_layers_and_heads_are_read(hf_copy: Path) -> None:
+    content = json.loads((hf_copy / "config.json").read_text())
+    wanted = load(hf_copy).config
+    part = content["semantic_config"]
+    part["num_hidden_layers"], part["num_attention_heads"] = part.pop("num_layers"), part.pop("num_heads")
+    replace(hf_copy / "config.json", json.dumps(content))
+    assert load(hf_copy).config == wanted
 
 
 def test_folders_that_hold_no_checkpoint(tmp_path: Path) -> None:
@@ -671,6 +734,30 @@ def test_hub_offline_is_one_line_and_a_cached_snapshot_is_enough(tiny_hf_dir: Pa
     assert run_offline(HUB_SCRIPT, tmp_path).startswith("loaded hf")
     (repo / "snapshots" / ("0" * 40) / "model.safetensors").unlink()
     assert run_offline(HUB_SCRIPT, tmp_path).startswith("HubUnreachable")
+
+
+@pytest.mark.parametrize(
+    ("status", "unreachable", "words"),
+    [
+        (401, False, "hf auth login"),
+        (403, False, "hf auth login"),
+        (429, False, "later"),
+        (503, True, "HTTPS_PROXY"),
+    ],
+)
+def test_what_the_hub_answers_is_no_missing_connection(status: int, unreachable: bool, words: str) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from bark_fast.checkpoint import hub
+
+    class Response:
+        status_code = status
+        headers: ClassVar[dict[str, str]] = {}
+        request = None
+
+    error = hub._translate(HfHubHTTPError("no", response=Response()), "suno/bark")  # type: ignore[arg-type]
+    assert isinstance(error, HubUnreachable) == unreachable
+    assert words in str(error) and "suno/bark" in str(error) and "\n" not in str(error)
 
 
 def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_asked(

@@ -160,6 +160,16 @@ class TestErrors:
     def test_an_option_is_refused_before_anything_is_loaded(self, run, option, words):
         assert_one_line_error(run("say", "Hello.", "-q", "--model", "nowhere", option, "-4"), words)
 
+    def test_text_and_voice_file_are_looked_at_before_anything_is_loaded(self, run):
+        assert_one_line_error(run("say", "", "-q", "--model", "nowhere"), "nothing to say")
+        assert_one_line_error(run("say", "Hi.", "-q", "--model", "nowhere", "-v", "missing.npz"), "missing.npz")
+
+    def test_it_is_a_module_too(self, run):
+        done = subprocess.run(
+            [sys.executable, "-m", "bark_fast", "--version"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith("bark-fast, version")
+
     def test_stdin_that_is_not_text(self, tmp_path, tiny_suno_dir):
         done = subprocess.run(
             [*COMMAND, "say", "-m", str(tiny_suno_dir), "-o", str(tmp_path / "a.wav")],

@@ -270,6 +270,39 @@ def test_an_utterance_that_says_nothing_is_a_clear_error(suno_bark):
         weight.copy_(kept)
 
 
+def test_a_chunk_that_says_nothing_does_not_lose_the_others(suno_bark, monkeypatch):
+    from bark_fast.errors import EndedTooEarly
+    from bark_fast.stages import utterance as module
+
+    def utterance(text, history, options, chunk=0):
+        if len(text) == 1:
+            raise EndedTooEarly("the model ended after 0 semantic tokens")
+        yield from ()
+        return (chunk, None if history is None else history)
+
+    monkeypatch.setattr(module, "utterance", lambda *a: speech(utterance(*a)))
+
+    def speech(stage):
+        chunk, history = yield from stage
+        return module.Speech(np.zeros(1), f"tokens of {chunk} after {history}", {})
+
+    def spoken(chunks):
+        stage = module.long_form(chunks, None, None)
+        with pytest.raises(StopIteration) as done:
+            next(stage)
+        return [one.tokens for one in done.value.value]
+
+    silent, heard = np.zeros(1), np.zeros(2)
+    with pytest.warns(RuntimeWarning, match="chunk 2 of 3 was left out: the model ended after 0"):
+        assert spoken([heard, silent, heard]) == [
+            "tokens of 0 after None",
+            "tokens of 2 after tokens of 0 after None",
+        ]
+    assert spoken([heard]) == ["tokens of 0 after None"]
+    with pytest.raises(EndedTooEarly):
+        next(module.long_form([silent, silent], None, None))
+
+
 class TestSharedPages:
     """Sequences that begin alike hold the beginning once."""
 

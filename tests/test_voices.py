@@ -244,7 +244,8 @@ class TestLibrary:
         same(VoiceLibrary(folder).get("v2/a"), arrays())
 
     @pytest.mark.parametrize(
-        "path", ["/etc/x.npy", "../x.npy", "a/../../x.npy", "a\\..\\x.npy", "", None, 3, "a\0"]
+        "path",
+        ["/etc/x.npy", "../x.npy", "a/../../x.npy", "a\\..\\x.npy", "C:\\x.npy", "\\x.npy", "", None, 3, "a\0"],
     )
     def test_an_index_that_leads_elsewhere_is_refused(self, tmp_path, library, path):
         np.save(tmp_path / "x.npy", arrays()["semantic_prompt"])
@@ -254,9 +255,17 @@ class TestLibrary:
         (folder / "speaker_embeddings_path.json").write_text(json.dumps(index))
         refused("v2/a", VoiceLibrary(folder), "speaker_embeddings_path.json")
 
-    @pytest.mark.parametrize(
-        "content", [b"", b"[]", b'{"a": 1}', b"\xff", b"[" * 100_000, b'{"a": {"semantic_prompt": "x"}}']
-    )
+    def test_an_odd_entry_spoils_no_other_and_windows_paths_are_read(self, tmp_path, library):
+        folder = save_embeddings(tmp_path, {"v2/a": arrays(), "v2/b": arrays(seed=1)})
+        index = json.loads((folder / "speaker_embeddings_path.json").read_text())
+        del index["v2/b"]["coarse_prompt"]
+        index["v2/a"] = {key: file.replace("/", "\\") for key, file in index["v2/a"].items()}
+        (folder / "speaker_embeddings_path.json").write_text(json.dumps(index))
+        same(VoiceLibrary(folder).get("v2/a"), arrays())
+        assert VoiceLibrary(folder).names() == ["v2/a"]
+        refused("v2/b", VoiceLibrary(folder), "None as coarse_prompt of 'v2/b'")
+
+    @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 1}', b"\xff", b"[" * 100_000])
     def test_a_damaged_index_is_refused(self, tmp_path, library, content):
         (tmp_path / "speaker_embeddings_path.json").write_bytes(content)
         refused("v2/a", VoiceLibrary(tmp_path), "speaker_embeddings_path.json")
@@ -301,7 +310,8 @@ class TestLibrary:
         np.savez(local / "mine.npz", **arrays(seed=2))
         asked = []
 
-        def download(repo_id, filename):
+        def download(repo_id, filename, revision):
+            assert revision is None
             asked.append((repo_id, filename))
             return str(folder / filename)
 
@@ -316,10 +326,46 @@ class TestLibrary:
         assert library.names() == ["mine", "v2/a", "v2/b"]
         refused("v2/c", library, "'v2/a'")
 
+    def test_the_hub_is_asked_for_the_commit_of_the_weights(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        hub = save_embeddings(tmp_path / "hub", {"v2/a": arrays()})
+        snapshot = tmp_path / "models--suno--bark" / "snapshots" / ("0123456789" * 4)
+        snapshot.mkdir(parents=True)
+        revisions = set()
+
+        def download(repo_id, filename, revision):
+            revisions.add(revision)
+            return str(hub / filename)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        same(VoiceLibrary(snapshot, hub_id="suno/bark").get("v2/a"), arrays())
+        assert revisions == {snapshot.name}
+
+    def test_sunos_package_stands_in_for_the_hub_and_not_before_it(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        hub = save_embeddings(tmp_path / "hub", {"v2/a": arrays()})
+        (tmp_path / "suno").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / "suno" / "v2").mkdir(exist_ok=True)
+            np.savez(tmp_path / "suno" / "v2" / f"{name}.npz", **arrays(seed=1))
+        monkeypatch.setattr("bark_fast.voices._installed_prompts", lambda: [tmp_path / "suno"])
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, name, revision: str(hub / name))
+        library = VoiceLibrary(hub_id="me/finetuned")
+        same(library.get("v2/a"), arrays())
+        same(library.get("v2/b"), arrays(seed=1))
+
+        def unreachable(*_, **__):
+            raise ConnectionError("no route to host")
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+        same(library.get("v2/a"), arrays(seed=1))
+
     def test_without_a_connection_the_reason_and_the_local_names_remain(self, tmp_path, monkeypatch):
         import huggingface_hub
 
-        def download(repo_id, filename):
+        def download(repo_id, filename, revision):
             raise ConnectionError("no route\nto host")
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

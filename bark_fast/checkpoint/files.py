@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from bark_fast.errors import CheckpointError
 
 _AGAIN = "download it again"
+_LFS = b"version https://git-lfs"
 # numpy's type codes and those of struct
 _SCALAR_FORMATS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I",
                    "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
@@ -45,7 +47,10 @@ def _scalar(dtype: _Dtype, data: bytes) -> bool | int | float:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    text = str(error)
+    if "Weights only load failed" in text:  # torch goes on to advise letting the file run code
+        text = text.partition("WeightsUnpickler error: ")[2] or "it cannot be unpickled"
+    lines = text.strip().splitlines()
     return (lines[0].rstrip(".") if lines else type(error).__name__)[:200]
 
 
@@ -58,6 +63,11 @@ def _require_file(path: Path) -> None:
         raise CheckpointError(f"{path} is missing; {_AGAIN}")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty; {_AGAIN}")
+    with suppress(PermissionError), path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise CheckpointError(
+                f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` beside it"
+            )
 
 
 def open_torch(path: Path) -> dict[str, Any]:

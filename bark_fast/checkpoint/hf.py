@@ -46,13 +46,14 @@ def is_complete(folder: Path) -> bool:
         _tokenizer_file(folder)
     except CheckpointError:
         return False
-    return all((folder / name).is_file() for name in ("config.json", "generation_config.json"))
+    return (folder / "config.json").is_file()
 
 
 def _gpt_config(values: Mapping[str, Any], fine: bool) -> GPTConfig:
     shared: dict[str, Any] = {
-        "n_layer": values.get("num_layers", 12),
-        "n_head": values.get("num_heads", 12),
+        # each has a second name, which transformers reads too
+        "n_layer": values.get("num_layers", values.get("num_hidden_layers", 12)),
+        "n_head": values.get("num_heads", values.get("num_attention_heads", 12)),
         "n_embd": values.get("hidden_size", 768),
         "input_vocab_size": values.get("input_vocab_size", 10_048),
         "output_vocab_size": values.get("output_vocab_size", 10_048),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "min_new_tokens": (None, 0),
     "suppress_tokens": (None, []),
     "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "num_beam_groups": (None, 1),
+    "num_return_sequences": (None, 1),
+    "sequence_bias": (None, {}),
+    "stop_strings": (None, []),
+    "top_h": (None,),
 }
 
 
@@ -112,7 +124,20 @@ def _fine(values: Mapping[str, Any]) -> SamplingParams:
 
 
 def stage_defaults(content: Mapping[str, Any], path: Path) -> StageDefaults:
-    """The sampling parameters `BarkModel.generate` would use with generation_config.json's `content`."""
+    """The sampling parameters `BarkModel.generate` would use with generation_config.json's `content`.
+
+    Without any of its sections, as when no such file was saved, those published with suno/bark, and a warning:
+    transformers cannot generate then.
+    """
+    if not any(name in content for name in (_SEMANTIC, _COARSE, _FINE)):
+        warnings.warn(
+            f"{path} says nothing of sampling; the settings published with suno/bark are used: copy its "
+            f"generation_config.json there",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        drawn = SamplingParams(temperature=0.7, top_k=_DEFAULT_TOP_K, top_p=None, min_eos_p=None)
+        return StageDefaults(semantic=drawn, coarse=drawn, fine=_fine({"temperature": 0.5}))
     try:
         return StageDefaults(
             semantic=_causal(section(content, _SEMANTIC, path), path),

@@ -38,6 +38,7 @@ def _translate(error: Exception, what: str) -> CheckpointError:
     """`error` of a download as one of ours: what is wrong here or with the name, or an unreachable site."""
     from huggingface_hub.errors import (
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -49,7 +50,14 @@ def _translate(error: Exception, what: str) -> CheckpointError:
         return CheckpointError(f"{what} needs its licence accepted on huggingface.co and `hf auth login`")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return CheckpointError(
-            f"{what} is not on the Hugging Face hub; published are suno/bark and suno/bark-small"
+            f"{what} is not on the Hugging Face hub, or is private (then `hf auth login`); published are "
+            f"suno/bark and suno/bark-small"
+        )
+    if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) < 500:
+        remedy = {401: "run `hf auth login`, or unset HF_TOKEN", 403: "run `hf auth login` with an account "
+                  "that may read it", 429: "try again later"}  # fmt: skip
+        return CheckpointError(
+            f"{what}: the hub answered {status} ({_reason(error)}); {remedy.get(status, _REMEDY)}"
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS):
         return CheckpointError(f"{what} cannot be stored ({error.strerror}); set HF_HOME to a folder with room")

@@ -35,10 +35,16 @@ def holds_suno_files(folder: Path) -> bool:
 
 
 def model_files(folder: Path) -> dict[ModelName, Path]:
-    """The three transformer files: the large ones if all are there, else the small ones."""
-    for names in (LARGE_FILES, SMALL_FILES):
-        if all((folder / name).is_file() for name in names.values()):
-            return {model: folder / name for model, name in names.items()}
+    """The three transformer files: the large ones if all are there, else the small ones, else of either size.
+
+    With SUNO_USE_SMALL_MODELS=True, which suno's package reads too, the small ones come first.
+    """
+    small_first = os.environ.get("SUNO_USE_SMALL_MODELS", "").lower() in ("true", "1", "t")
+    order = (SMALL_FILES, LARGE_FILES) if small_first else (LARGE_FILES, SMALL_FILES)
+    there = [{m: folder / n for m, n in names.items() if (folder / n).is_file()} for names in order]
+    for found in (*there, {**there[1], **there[0]}):
+        if len(found) == len(LARGE_FILES):
+            return {model: found[model] for model in LARGE_FILES}
     # report what the more complete size lacks
     sizes = [[n for n in names.values() if not (folder / n).is_file()] for names in (LARGE_FILES, SMALL_FILES)]
     lacking = min(sizes, key=len)

@@ -126,7 +126,8 @@ def _check_tied(raw: Mapping[str, torch.Tensor], head: str, embedding: str, wher
     one, other = raw[head], raw[embedding]
     if one.shape != other.shape or (one.data_ptr() != other.data_ptr() and not torch.equal(one, other)):
         raise CheckpointError(
-            f"{where}: {head} and {embedding} differ; Bark shares one weight between them; {_AGAIN}"
+            f"{where}: {head} and {embedding} differ; Bark shares one weight between them: {_AGAIN}, or, if "
+            f"they are meant to differ, set tie_word_embeddings to false in config.json's fine_acoustics_config"
         )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bark_fast.audio import Tokens
-from bark_fast.errors import GenerationError
+from bark_fast.errors import EndedTooEarly
 from bark_fast.stages.coarse import coarse, frames_for
 from bark_fast.stages.fine import fine
 from bark_fast.stages.request import Options
@@ -61,7 +62,7 @@ def utterance(text: IntArray, history: Tokens | None, options: Options, chunk: i
 def _frames(semantic_tokens: IntArray, options: Options) -> int:
     frames = frames_for(len(semantic_tokens), options.layout, options.dialect)
     if frames == 0:
-        raise GenerationError(
+        raise EndedTooEarly(
             f"the model ended after {len(semantic_tokens)} semantic tokens, too few for one frame of audio; "
             f"try another seed, a higher min_eos_p or more max_seconds"
         )
@@ -69,9 +70,22 @@ def _frames(semantic_tokens: IntArray, options: Options) -> int:
 
 
 def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options) -> Stage[list[Speech]]:
-    """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next."""
+    """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next.
+
+    Where the model ends at once in some of several chunks, the others are kept; a warning says what is missing.
+    """
     spoken: list[Speech] = []
+    silent: list[tuple[int, EndedTooEarly]] = []
     for index, text in enumerate(chunks):
         history = voice if voice is not None or not spoken else spoken[-1].tokens
-        spoken.append((yield from utterance(text, history, options, index)))
+        try:
+            spoken.append((yield from utterance(text, history, options, index)))
+        except EndedTooEarly as error:
+            silent.append((index, error))
+    if not spoken:
+        raise silent[0][1]
+    for index, reason in silent:
+        warnings.warn(
+            f"chunk {index + 1} of {len(chunks)} was left out: {reason}", RuntimeWarning, stacklevel=2
+        )
     return spoken
