@@ -25,8 +25,17 @@ def backends() -> list[Backend]:
     return [
         Backend("torch", True, f"eager operations of torch {torch.__version__}"),
         _triton(torch.cuda.is_available()),
-        Backend("extension", load() is not None, describe() + _cuda_fault()),
+        Backend("extension", load() is not None, describe() + _cpu_work() + _cuda_fault()),
     ]
+
+
+def _cpu_work() -> str:
+    """What the extension computes on this CPU, and with which instructions."""
+    module = load()
+    if module is None:
+        return ""
+    passes = ", prompts and fine windows" if module.gemm_pays() else "; prompts and fine windows are torch's"
+    return f"; on this CPU {module.isa()} takes decode steps{passes}"
 
 
 def _cuda_fault() -> str:

@@ -31,6 +31,16 @@ def extension_backend():
 
 
 @pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
+def test_it_says_what_it_computes_on_this_cpu(monkeypatch):
+    for pays, words in (
+        (True, "takes decode steps, prompts and fine windows"),
+        (False, "fine windows are torch's"),
+    ):
+        monkeypatch.setattr(extension.load(), "gemm_pays", lambda pays=pays: pays)
+        assert words in extension_backend().reason and extension.load().isa() in extension_backend().reason
+
+
+@pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
 def test_what_was_built_is_reported():
     info = extension.load().build_info()
     assert extension.why_not() == ""
