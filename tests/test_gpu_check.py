@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh with stubs for every command: each part gets its time, and nothing ends without a table."""
+"""scripts/gpu_check.sh with stubs for every command: parts get their time, and a table comes in any case."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_operators_hold_what_torch_asks_of_them() -> None:
 
 
 def barks_shapes() -> Iterator[tuple[torch.dtype, int, int, tuple[int, ...]]]:
-    """Rows of each kernel and tile; a kernel is compiled for each, so fewer in the other dtypes, at width 768."""
+    """Rows of each kernel and tile. Most are compiled for, so fewer in the other dtypes, at width 768."""
     for n, k in BARK:
         yield torch.bfloat16, n, k, (1, 2, 4, 8, 16, 64, 257, 1024)
     for dtype, (n, k) in product((torch.float16, torch.float32), BARK[::2]):
