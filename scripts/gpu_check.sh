@@ -124,14 +124,14 @@ finish 130
 
 large=(--device cuda --size large --dtype bfloat16 --checkpoints "$work")
 # the compiled static cache at batch 1 only: max-autotune takes minutes
-alone decode 55 python3 benchmarks/bench_decode.py "${large[@]}" --peers-batch 1
+alone decode 55 python3 benchmarks/bench_decode.py "${large[@]}" --peers-batch 1 --runs 2
 alone speech 70 python3 benchmarks/bench_engine.py "${large[@]}" --case alone many equal
 alone e2e-large 45 python3 benchmarks/bench_e2e.py "${large[@]}" --seconds 3 --repeats 1 --peers transformers
-some=(--dtype bfloat16 --rows 1 8 1024) # of the linear layers: all of them take minutes to compile
-alone paged_kv_cuda 20 python3 benchmarks/bench_paged_kv_cuda.py
+some=(--dtype bfloat16 --width 1024 --rows 1 8) # of the linear layers: all of them take minutes to compile
+alone paged_kv_cuda 20 python3 benchmarks/bench_paged_kv_cuda.py --dtype bfloat16
 alone norm_linear 20 python3 benchmarks/bench_norm_linear.py "${some[@]}"
-alone attention 20 python3 benchmarks/bench_attention.py
+alone attention 20 python3 benchmarks/bench_attention.py --dtype bfloat16
 alone mlp 15 python3 benchmarks/bench_mlp.py "${some[@]}"
-alone sampling 15 python3 benchmarks/bench_sampling.py --batch 1 64 --dialect suno
+alone sampling 15 python3 benchmarks/bench_sampling.py --few
 alone e2e-small 25 python3 benchmarks/bench_e2e.py --device cuda --dtype float32 --size small --seconds 3 --repeats 1 \
     --peers transformers
