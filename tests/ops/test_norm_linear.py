@@ -317,7 +317,7 @@ def barks_shapes() -> Iterator[tuple[torch.dtype, int, int, tuple[int, ...]]]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "n", "k", "row_counts"), barks_shapes(), ids=str)
+@pytest.mark.parametrize(("dtype", "n", "k", "row_counts"), list(barks_shapes()), ids=str)
 def test_barks_shapes(dtype: torch.dtype, n: int, k: int, row_counts: tuple[int, ...]) -> None:
     for rows in row_counts:
         c = case(rows, n, k, dtype, "cuda", bias=False)
