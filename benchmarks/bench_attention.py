@@ -1,5 +1,5 @@
-"""Attention over contiguous keys on a GPU, beside every SDPA backend by name, compiled math and the FLOP
-roofline.
+"""Attention over contiguous keys on a GPU, beside every SDPA backend by name, math under torch.compile and
+the FLOP roofline.
 
 python benchmarks/bench_attention.py [--tune] [--no-rows]. Queries, keys and values are views of packed
 projections (batch, time, 3, heads, 64), as the models have them. A figure is one replay of a CUDA graph that
@@ -66,7 +66,7 @@ def contenders(causal: bool) -> Iterator[tuple[str, Attend]]:
     yield "ours", partial(ours, causal=causal)
     for name, backend in BACKENDS.items():
         yield name, partial(sdpa, causal=causal, backend=backend)
-    yield "compiled math", partial(torch.compile(math), causal=causal)
+    yield "math, torch.compile (default)", partial(torch.compile(math), causal=causal)
 
 
 def layers(heads: int, batch: int, dtype: torch.dtype, device: str, cold: int = COLD_BYTES) -> list[Tensor]:
@@ -112,7 +112,7 @@ def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> Iterator[l
             speed = times[best]["p50"] / time["p50"]
             label, share = str(dtype).removeprefix("torch."), floor / time["p50"]
             print(
-                f"{label:9} {heads} heads, batch {batch}, causal {causal!s:5} {name:15} "
+                f"{label:9} {heads} heads, batch {batch}, causal {causal!s:5} {name:30} "
                 f"{1e6 * time['p50']:8.1f} us, {100 * share:5.1f} % of roofline, {speed:5.2f} x {best}"
             )
             rows.append({
@@ -147,11 +147,12 @@ def main() -> None:
     """Measure all shapes and append their rows, or tune."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="Try launch-table entries and print the best.")
+    parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     require_gpu()
     with torch.inference_mode():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in (getattr(torch, name) for name in options.dtype):
             if options.tune:
                 tune(dtype)
                 continue

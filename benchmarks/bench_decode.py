@@ -3,7 +3,7 @@
 Random weights of the published shapes, the coarse model, which takes three steps of four. The floor is the
 bytes of the weights a step reads, and of the keys and values, over the measured copy bandwidth. The peers are
 transformers' own loop, and benchmarks/static_peer.py under torch.compile with mode="max-autotune", which
-captures CUDA graphs.
+captures CUDA graphs. A figure is the difference of two lengths, each the least of as many runs for everybody.
 
     python benchmarks/bench_decode.py                    # on a GPU: large, bfloat16, batches of 1, 8 and 64
     python benchmarks/bench_decode.py --device cpu --size tiny --batch 1 2 --no-rows     # exercises the code
@@ -34,7 +34,9 @@ from bark_fast.work import Decode, Stage
 LOW, HIGH = 10_000, 12_048
 RULE = SamplingRule("suno", ((LOW, LOW + 1024), (LOW + 1024, HIGH)), 12_096, temperature=0.7)
 PROMPT, TOKENS = 300, 400
-TARGET_SECONDS, FLOOR_SHARE, TIMES_COMPILED, TIMES_EAGER = 0.35e-3, 0.4, 1.5, 25
+COUNTS = (TOKENS // 4, TOKENS)
+TARGET_SECONDS, FLOOR_SHARE = 0.35e-3, 0.4
+TARGET_TIMES = {"static cache (max-autotune)": 1.5, "transformers": 25.0}
 """Meant for large in bfloat16 at batch 1 on an H200: a step, its share of the floor's speed, the speedups."""
 
 
@@ -57,16 +59,19 @@ def seconds_of(bark: Bark, batch: int, count: int) -> float:
     return spent
 
 
-def step_seconds(decode: Callable[[int], torch.Tensor], counts: tuple[int, int]) -> float:
-    """Wall seconds a step of a peer that decodes so many tokens: prompt and start-up do not count."""
-    decode(12)  # compiles
-    times = []
-    for count in counts:
-        started = time.perf_counter()
-        drawn = decode(count).cpu()
-        times.append(time.perf_counter() - started)
-        assert drawn.shape[1] == count
-    return (times[1] - times[0]) / (counts[1] - counts[0])
+def wall_seconds(decode: Callable[[int], torch.Tensor], count: int) -> float:
+    """Of a peer that decodes so many tokens."""
+    started = time.perf_counter()
+    drawn = decode(count).cpu()
+    spent = time.perf_counter() - started
+    assert drawn.shape[1] == count
+    return spent
+
+
+def step_seconds(seconds: Callable[[int], float], counts: tuple[int, int], runs: int) -> float:
+    """Wall seconds a step of one whose runs of a count take so long: prompt and start-up do not count."""
+    short, long = (min(seconds(count) for _ in range(runs)) for count in counts)
+    return (long - short) / (counts[1] - counts[0])
 
 
 def floor_seconds(bark: Bark, batch: int, bandwidth: float) -> float:
@@ -74,14 +79,15 @@ def floor_seconds(bark: Bark, batch: int, bandwidth: float) -> float:
     gpt = bark.runner.models["coarse"]
     config, size = gpt.config, gpt.wte.weight.element_size()
     weights = sum(p.numel() for layer in gpt.layers for p in layer.parameters()) + (HIGH - LOW) * config.n_embd
-    keys = 2 * config.n_layer * config.n_embd * (PROMPT + TOKENS // 2)
+    keys = 2 * config.n_layer * config.n_embd * (PROMPT + sum(COUNTS) // 2)
     return (weights + batch * keys) * size / bandwidth
 
 
-def meets_targets(ours: float, compiled: float, eager: float, floor: float) -> bool:
-    """Whether these seconds a step are what is meant for batch 1. A peer that is missing (NaN) meets none."""
-    speedups = compiled >= TIMES_COMPILED * ours and eager >= TIMES_EAGER * ours
-    return ours <= TARGET_SECONDS and floor >= FLOOR_SHARE * ours and speedups
+def meets_target(contender: str, seconds: float, ours: float, floor: float) -> bool:
+    """Whether a step is as fast as is meant for batch 1, or a peer's as much slower than ours."""
+    if contender == "bark_fast":
+        return seconds <= TARGET_SECONDS and floor >= FLOOR_SHARE * seconds
+    return contender in TARGET_TIMES and seconds >= TARGET_TIMES[contender] * ours
 
 
 def main() -> None:
@@ -91,6 +97,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--runs", type=int, default=3, help="Runs of each length; the least counts.")
+    parser.add_argument("--peers-batch", type=int, nargs="+", help="Only these batches for the peers.")
     parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
@@ -108,36 +116,48 @@ def main() -> None:
             print(f"transformers is left out: {error}")
             transformers = None
     bandwidth = copy_bandwidth() if on_gpu else float("nan")
+    runner = type(bark.runner).__name__
     print(
-        f"{machine()}, torch {torch.__version__}, {options.size} {options.dtype}, {type(bark.runner).__name__}"
+        f"{machine(options.device)}, torch {torch.__version__}, {options.size} {options.dtype}, {runner}",
+        flush=True,
     )
-    counts = (TOKENS // 4, TOKENS)
-    gpt = bark.runner.models["coarse"]
-    for batch in options.batch:
-        seconds_of(bark, batch, TOKENS)  # compiles and captures
-        short, long = (min(seconds_of(bark, batch, count) for _ in range(3)) for count in counts)
-        ours = (long - short) / (counts[1] - counts[0])
-        prompt = torch.randint(LOW, HIGH, (batch, PROMPT), device=bark.device)
-        mode = "max-autotune" if on_gpu else None
-        static = StaticCachePeer(gpt, batch, LOW, LOW + 1024, RULE.temperature, mode)
-        compiled = step_seconds(partial(static.decode, prompt), counts)
-        eager = float("nan")
-        if transformers is not None:
-            eager = step_seconds(partial(transformers.decode_coarse, prompt, RULE.temperature), counts)
+    ours: dict[int, float] = {}
+
+    def keep(contender: str, batch: int, seconds: float) -> None:
+        """At once: another one may not fit into the time there is."""
         floor = floor_seconds(bark, batch, bandwidth)
         print(
-            f"batch {batch:3}: {1e3 * ours:7.3f} ms a step, {100 * floor / ours:5.1f} % of the floor's speed, "
-            f"static cache {1e3 * compiled:7.3f} ms ({compiled / ours:.2f}x), "
-            f"transformers {1e3 * eager:7.3f} ms ({eager / ours:.2f}x)"
+            f"batch {batch:3}: {contender:27} {1e3 * seconds:7.3f} ms a step, "
+            f"{100 * floor / seconds:5.1f} % of the floor's speed, {seconds / ours[batch]:5.2f} times ours",
+            flush=True,
         )
         row = {
-            "size": options.size, "dtype": options.dtype, "batch": batch, "unit": "ms a step",
-            "bark_fast": 1e3 * ours, "static_cache_compiled": 1e3 * compiled, "transformers": 1e3 * eager,
-            "floor": 1e3 * floor, "captures": len(getattr(bark.runner, "captures", [])),
-            "meets_targets": meets_targets(ours, compiled, eager, floor) if batch == 1 else "",
+            "size": options.size, "dtype": options.dtype, "batch": batch, "contender": contender,
+            "unit": "ms a step", "value": 1e3 * seconds, "runs": options.runs, "floor": 1e3 * floor,
+            "times_ours": seconds / ours[batch],
+            "met": meets_target(contender, seconds, ours[batch], floor) if batch == 1 else "",
         }  # fmt: skip
-        if not options.no_rows:  # at once: another batch may not fit into the time there is
-            print(f"row appended to {append_rows('decode', [row])}")
+        if not options.no_rows:
+            append_rows("decode", [row], device=options.device)
+
+    for batch in options.batch:
+        seconds_of(bark, batch, TOKENS)  # compiles and captures
+        ours[batch] = step_seconds(partial(seconds_of, bark, batch), COUNTS, options.runs)
+        keep("bark_fast", batch, ours[batch])
+    gpt = bark.runner.models["coarse"]
+    mode = "max-autotune" if on_gpu else None
+    for batch in options.batch:
+        if batch not in (options.peers_batch or options.batch):
+            continue
+        prompt = torch.randint(LOW, HIGH, (batch, PROMPT), device=bark.device)
+        peers: dict[str, Callable[[int], torch.Tensor]] = {}
+        if transformers is not None:
+            peers["transformers"] = partial(transformers.decode_coarse, prompt, RULE.temperature)
+        static = StaticCachePeer(gpt, batch, LOW, LOW + 1024, RULE.temperature, mode)
+        peers[f"static cache ({mode or 'eager'})"] = partial(static.decode, prompt)
+        for name, decode_tokens in peers.items():
+            decode_tokens(12)  # compiles
+            keep(name, batch, step_seconds(partial(wall_seconds, decode_tokens), COUNTS, options.runs))
     for capture in getattr(bark.runner, "captures", []):
         print(
             f"captured {capture.model} for {capture.rows} rows: {capture.seconds:.2f} s, {capture.bytes} bytes"

@@ -84,7 +84,7 @@ def main() -> None:
                      "unit": "waste / reserved bytes", "mean": float(np.mean(waste)), "max": max(waste),
                      **quantiles(waste)})  # fmt: skip
     if not options.no_rows:
-        print(f"rows appended to {append_rows('kv_memory', rows)}")
+        print(f"rows appended to {append_rows('kv_memory', rows, device='cpu')}")
 
 
 if __name__ == "__main__":

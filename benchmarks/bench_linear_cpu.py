@@ -150,7 +150,7 @@ def main() -> None:
             for name in options.dtype:
                 rows += measure(size, name, 3 if options.quick else 11)
     if not options.quick:
-        print(append_rows("linear_cpu", rows))
+        print(append_rows("linear_cpu", rows, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def figures(
     if target_of(x.device).arch >= 90 and rows <= 64:
         calls["bark_fast pdl"] = ours(True)
     calls["torch eager"] = by_torch
-    calls["torch.compile"] = torch.compile(by_torch, dynamic=False)
+    calls["torch.compile (default)"] = torch.compile(by_torch, dynamic=False)
     calls["cublas alone"] = lambda fc, proj: F.linear(F.linear(x, fc), proj)
     found = []
     for name, call in calls.items():

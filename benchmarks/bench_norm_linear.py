@@ -2,8 +2,9 @@
 
 python benchmarks/bench_norm_linear.py [--tune]. Each figure is one replay of a CUDA graph that calls the layer
 on copies of its weight which together exceed the L2, so weights are cold and launches cost what they cost in a
-decode step. Peers: torch eager, torch.compile, and cuBLAS's product alone. Target, H200: one row at 80 % of the
-measured copy bandwidth. --tune tries tiles and prints entries for TUNED in kernels/norm_linear.py.
+decode step. Peers: torch eager, torch.compile in its default mode, and cuBLAS's product alone. Target, H200:
+one row at 80 % of the measured copy bandwidth. --tune tries tiles and prints entries for TUNED in
+kernels/norm_linear.py.
 Not yet run anywhere: there was no GPU when it was written.
 """
 
@@ -122,7 +123,7 @@ def figures(
     if arch >= 90 and rows <= 64:
         calls["bark_fast pdl"] = ours(layer, o, pdl=True)
     calls["torch eager"] = by_torch(layer, o)
-    calls["torch.compile"] = torch.compile(by_torch(layer, o), dynamic=False)
+    calls["torch.compile (default)"] = torch.compile(by_torch(layer, o), dynamic=False)
     calls["cublas alone"] = lambda weight: F.linear(o.x, weight)
     found = []
     for name, call in calls.items():
@@ -207,7 +208,7 @@ def options_of(description: str | None) -> argparse.Namespace:
 def measured(row: dict[str, Any]) -> str:
     """What a row's figures are, for people."""
     return (
-        f"{row['backend']:14} {1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
+        f"{row['backend']:23} {1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
         f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
     )
 

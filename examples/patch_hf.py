@@ -39,6 +39,7 @@ def main() -> None:
     inputs = encoded(options, device)
 
     def speak(label: str) -> torch.Tensor:
+        model.generate(**inputs, semantic_max_new_tokens=20)  # a first call compiles
         torch.manual_seed(0)
         start = time.perf_counter()
         audio = model.generate(**inputs, semantic_max_new_tokens=options.tokens)[0].float().cpu()

@@ -89,9 +89,11 @@ def main() -> None:
     with bark_fast.patched(bark):  # published files do not load otherwise since torch 2.6
         bark.preload_models()
 
+    speak(generation, 1.0)  # a first call compiles
     before, slow = speak(generation, arguments.seconds)
     bark_fast.patch(bark)
     print(bark_fast.patch_report(bark), end="\n\n")
+    speak(generation, 1.0)
     after, fast = speak(generation, arguments.seconds)
     bark_fast.unpatch(bark)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,9 @@ if not torch.cuda.is_available():
     if find_spec("triton") is not None:
         interpreter.mend()
         interpreter.hasten()
+
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whom `timeout` ends still says what failed
 
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and sums keep one order
 
