@@ -26,11 +26,11 @@ from bark_fast.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from bark_fast.audio import Audio, Tokens
-    from bark_fast.backends import backends
-    from bark_fast.make_checkpoint import make_checkpoint
+    from bark_fast.backend_report import backends
     from bark_fast.patching import PatchReport, is_patched, patch, patch_report, patched, unpatch
     from bark_fast.pipeline import Bark
     from bark_fast.progress import Progress
+    from bark_fast.random_checkpoint import make_checkpoint
     from bark_fast.text import split_text
     from bark_fast.voices import Voice
 
@@ -72,9 +72,9 @@ _HOMES = {
     "Progress": "progress",
     "Tokens": "audio",
     "Voice": "voices",
-    "backends": "backends",
+    "backends": "backend_report",
     "is_patched": "patching",
-    "make_checkpoint": "make_checkpoint",
+    "make_checkpoint": "random_checkpoint",
     "patch": "patching",
     "patch_report": "patching",
     "patched": "patching",

@@ -141,7 +141,7 @@ def doctor() -> None:
 
     import torch
 
-    from bark_fast.backends import backends, installed_version
+    from bark_fast.backend_report import backends, installed_version
 
     click.echo(f"bark_fast     {__version__}")
     click.echo(f"python        {platform.python_version()} on {platform.platform()}")
@@ -168,7 +168,7 @@ def doctor() -> None:
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def make_checkpoint_command(folder: Path, size: Any, layout: Any, seed: int, quiet: bool) -> None:
     """Write a complete checkpoint of random weights into FOLDER: it speaks noise."""
-    from bark_fast.make_checkpoint import make_checkpoint
+    from bark_fast.random_checkpoint import make_checkpoint
 
     written = make_checkpoint(folder, size=size, format=layout, seed=seed, progress=not quiet)
     click.echo(f"{written}: random weights ({size}, {layout} format); what they speak is noise")
@@ -218,7 +218,7 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
 
 def _noise_checkpoint(quiet: bool) -> Path:
     """A tiny random checkpoint in the user's cache, made when it is not there yet."""
-    from bark_fast.make_checkpoint import make_checkpoint
+    from bark_fast.random_checkpoint import make_checkpoint
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bark_fast"
     folder = cache / f"random-tiny-{__version__}"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bark_fast import extension
-from bark_fast.make_checkpoint import make_checkpoint
+from bark_fast.random_checkpoint import make_checkpoint
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza. But I also have other interests."
 RESULTS = Path(__file__).parent / "results"

@@ -16,8 +16,8 @@ import torch
 from oracles import require, suno
 from peers import HFPeer, SunoPeer
 
-from bark_fast.make_checkpoint import make_checkpoint
 from bark_fast.pipeline import Bark
+from bark_fast.random_checkpoint import make_checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported

@@ -26,7 +26,7 @@ from bark_fast.checkpoint.hf_generation import layout_of, stage_defaults
 from bark_fast.checkpoint.suno import model_files
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, Layout, published_config
 from bark_fast.errors import CheckpointError, HubUnreachable, InvalidInput
-from bark_fast.make_checkpoint import write_checkpoint
+from bark_fast.random_checkpoint import write_checkpoint
 from bark_fast.sampling import SamplingParams, suno_defaults
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bark_fast import extension
-from bark_fast.backends import backends
+from bark_fast.backend_report import backends
 from bark_fast.ops import paged_kv
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from bark_fast import make_checkpoint as module
+from bark_fast import random_checkpoint as module
 from bark_fast.checkpoint import load_checkpoint
 from bark_fast.errors import InvalidInput, OutputError
-from bark_fast.make_checkpoint import make_checkpoint
+from bark_fast.random_checkpoint import make_checkpoint
 
 ENCODEC = "encodec_24khz-d7cc33bc.th"
 
