@@ -9,6 +9,16 @@
 #endif
 
 namespace bark_fast {
+
+#ifdef BARK_FAST_X86
+const bool fetch_near = [] {
+    __builtin_cpu_init();
+    return !__builtin_cpu_is("intel");
+}();
+#else
+const bool fetch_near = false;
+#endif
+
 namespace cpu {
 namespace {
 

@@ -2,6 +2,11 @@
 #pragma once
 
 namespace bark_fast {
+
+// Whether what memory streams is best asked for into the L1: on CPUs that are not Intel's. There it can be as little as
+// the line buffers hold, and the L2 is the better place.
+extern const bool fetch_near;
+
 namespace cpu {
 
 // Instruction sets this build has and this machine runs, best first; null-terminated.

@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "isa.h"
 #include "linear_kernels.h"
 
 namespace bark_fast {
@@ -23,6 +24,10 @@ namespace {
 #include "simd.h"
 #include "rows.inl"
 
+template <int N>
+struct Level {  // of the cache: 3 is the L1 to the compiler, 2 the L2
+    static constexpr int value = N;
+};
 constexpr int64_t kLine = kMostOutputs + W;  // floats of one row of results before they are finished
 
 // Columns of a piece at most: the rows' share of it stays in the L1, the next one's lines are far enough ahead.
@@ -119,17 +124,23 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
     };
     const auto whole_step = [](const T* p, Vec& a, Vec& b) __attribute__((always_inline)) { load2(p, a, b); };
     const int64_t whole = columns / kStep * kStep;
-    if (ahead) {
+    const auto fetching = [&](auto level) __attribute__((always_inline)) {
         for (int64_t j = 0; j < whole; j += kStep) {
             const int64_t at = j * static_cast<int64_t>(sizeof(T));
             if (kBytes >= 64 || at % 64 == 0) {
 #pragma GCC unroll 4
                 for (int o = 0; o < O; ++o)
 #pragma GCC unroll 4
-                    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(fetch[o] + at + line, 0, 2);
+                    for (int64_t line = 0; line < kBytes; line += 64)
+                        __builtin_prefetch(fetch[o] + at + line, 0, level.value);
             }
             multiply(j, whole_step);
         }
+    };
+    if (ahead && fetch_near) {
+        fetching(Level<3>());
+    } else if (ahead) {
+        fetching(Level<2>());
     } else {
         for (int64_t j = 0; j < whole; j += kStep) multiply(j, whole_step);
     }
