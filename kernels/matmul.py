@@ -72,7 +72,7 @@ def _finish(
     tl.store(out + rows[:, None] * out_stride + lines[None, :], y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _matmul_kernel(
     x, norm_weight, norm_bias, weight, bias, residual, out, partials, counters,
     m, n, k, x_stride, weight_stride, residual_stride, out_stride,

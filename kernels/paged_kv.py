@@ -154,7 +154,8 @@ def _decode_kernel(
         tl.store(out + dims, (o / tl.where(sum_ == 0.0, 1.0, sum_)).to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_pages", "n_head"])
+# slots may begin anywhere, behind those of other rows
+@triton.jit(do_not_specialize=["num_pages", "n_head"], do_not_specialize_on_alignment=["slots"])
 def _append_kernel(
     qkv, k_pages, v_pages, slots, qkv_row, slot_stride, num_pages, n_head,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -187,7 +188,7 @@ def _copy_kernel(k_pages, v_pages, pairs, pair_stride, num_pages, count, page_el
             tl.store(pages + destination * page_elements + columns, piece, inside)
 
 
-@triton.jit(do_not_specialize=["num_pages", "length"])
+@triton.jit(do_not_specialize=["num_pages", "length"], do_not_specialize_on_alignment=["table"])
 def _gather_kernel(
     pages, table, out, out_head, out_token, num_pages, length,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,

@@ -36,6 +36,28 @@ def test_kernels_compile_and_fit(family: str) -> None:
     assert not [(c["arch"], c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
 
 
+def specialised(*options: str) -> dict[str, int]:
+    """Of each kernel, how many Triton would compile as the batch changes size (`specialised.py`)."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = (str(SCRIPT.parent), environment.get("PYTHONPATH", ""))
+    command = (sys.executable, Path(__file__).with_name("specialised.py"), *options)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_a_batch_that_changes_size_compiles_nothing_anew() -> None:
+    counts = specialised()
+    assert len(counts) == 9 and set(counts.values()) == {1}, counts
+
+
+def test_specialising_on_every_argument_would_be_noticed() -> None:
+    assert min(specialised("--all").values()) > 1
+
+
 SOUND = Compiled(
     family="f", launch="l", kernel="k", arch=90, grid=(8, 1, 1), warps=4, registers=64, spill_bytes=0,
     shared_bytes=1024, tensor_memory_columns=0, scratch_bytes=0, tensor_core_instructions=1, wide_loads=8,
