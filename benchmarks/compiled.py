@@ -17,18 +17,18 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from production import FAMILIES, launches
+from sass import INSTRUCTION_BYTES, loads_at_once
 
 RESULTS = Path(__file__).parent / "results" / "compiled.csv"
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 SHARED_PER_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
 REGISTERS_PER_PROCESSOR = 65_536
-INSTRUCTION_BYTES = 16
 MAX_BLOCKS_PER_PROCESSOR = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
@@ -49,8 +49,10 @@ class Compiled:
     scratch_bytes: int
     tensor_core_instructions: int
     wide_loads: int
+    loads_at_once: int
     wants_tensor_cores: bool
     wants_wide_loads: bool
+    wants_loads_at_once: int
 
     @property
     def occupancy(self) -> float:
@@ -85,6 +87,8 @@ class Compiled:
             found.append("has no tensor-core instruction")
         if self.wants_wide_loads and not self.wide_loads:
             found.append("has no 128-bit load")
+        if self.loads_at_once < self.wants_loads_at_once:
+            found.append(f"waits after {self.loads_at_once} loads of {self.wants_loads_at_once}")
         return found
 
 
@@ -103,6 +107,7 @@ def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int]]:
             "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
             "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
             "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
+            "loads_at_once": loads_at_once(code),
         })  # fmt: skip
     return results
 
@@ -120,7 +125,16 @@ def disassemble(cubins: list[bytes], arch: int, nvdisasm: Path) -> list[str]:
     if len(instructions) != sum(counts) or not all(counts):
         raise SystemExit(f"nvdisasm printed {len(instructions)} instructions of {sum(counts)}")
     following = iter(instructions)
-    return ["\n".join(islice(following, count)) for count in counts]
+    begins = [0, *accumulate(count * INSTRUCTION_BYTES for count in counts)]
+    return [
+        "\n".join(_of_first_line_on(line, begin) for line in islice(following, count))
+        for begin, count in zip(begins, counts, strict=False)
+    ]
+
+
+def _of_first_line_on(line: str, begin: int) -> str:
+    """A branch's address, from the beginning of its kernel instead of that of the listing."""
+    return re.sub(r"(\bBRA\b.*\b)0x([0-9a-f]+)", lambda m: f"{m[1]}{int(m[2], 16) - begin:#x}", line)
 
 
 def _output(content: bytes, *command: str | Path) -> str:
@@ -131,12 +145,10 @@ def _output(content: bytes, *command: str | Path) -> str:
         return subprocess.run((*command, file.name), capture_output=True, text=True, check=True).stdout
 
 
-def compile_family(family: str, arch: int) -> list[Compiled]:
-    """Compile all launches of a family; a kernel that two launches share in every way is listed once."""
+def set_offline(arch: int) -> None:
+    """Let Triton compile for a GPU of this compute capability, there or not."""
     from triton.backends.compiler import GPUTarget
-    from triton.runtime import JITFunction, driver
-
-    from bark_fast.kernels.target import KNOWN, assume
+    from triton.runtime import driver
 
     class Offline:
         """A driver that knows its target and has no device behind it."""
@@ -150,6 +162,15 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
         def get_current_stream(self, device: int = 0) -> int:
             return 0
 
+    driver.set_active(Offline())
+
+
+def compile_family(family: str, arch: int) -> list[Compiled]:
+    """Compile all launches of a family; a kernel that two launches share in every way is listed once."""
+    from triton.runtime import JITFunction
+
+    from bark_fast.kernels.target import KNOWN, assume
+
     made: list[tuple[Any, tuple[int, ...]]] = []
     run = JITFunction.run
 
@@ -159,9 +180,9 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
         made.append((kernel, tuple(int(n) for n in size)))
         return kernel
 
-    driver.set_active(Offline())
+    set_offline(arch)
     JITFunction.run = compile_only
-    distinct: dict[tuple[str, bool, bool], tuple[Any, dict[str, Any]]] = {}
+    distinct: dict[tuple[str, bool, bool, int], tuple[Any, dict[str, Any]]] = {}
     with assume(KNOWN[arch]):
         for launch in launches(family, torch.device("meta")):
             made.clear()
@@ -169,7 +190,11 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
             if not made:
                 raise SystemExit(f"{family}: {launch.name} launched nothing")
             for kernel, grid in made:
-                wants = {"wants_tensor_cores": launch.tensor_cores, "wants_wide_loads": launch.streaming}
+                wants = {
+                    "wants_tensor_cores": launch.tensor_cores,
+                    "wants_wide_loads": launch.streaming,
+                    "wants_loads_at_once": launch.loads_at_once,
+                }
                 named = {"launch": launch.name, "grid": grid, **wants}
                 distinct.setdefault((kernel.metadata.hash, *wants.values()), (kernel, named))
     JITFunction.run = run
@@ -195,7 +220,7 @@ def table(compiled: list[Compiled]) -> list[dict[str, object]]:
             "kernel": c.kernel, "grid": "x".join(map(str, c.grid)), "warps": c.warps, "registers": c.registers,
             "shared_bytes": c.shared_bytes, "occupancy": f"{c.occupancy:.2f}",
             "tensor_core_instructions": c.tensor_core_instructions, "wide_loads": c.wide_loads,
-            "spill_bytes": c.spill_bytes,
+            "loads_at_once": c.loads_at_once, "spill_bytes": c.spill_bytes,
         }
         for c in compiled
     ]  # fmt: skip

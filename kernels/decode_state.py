@@ -17,7 +17,7 @@ STEP = tl.constexpr(1)
 """Column of a draw's place that holds its step."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _advance_kernel(
     tokens, ids, positions, lengths, slots, places, remaining, eos, block_tables, drawn,
     rows, page_size, columns, ring, token_stride, place_stride, table_stride, drawn_stride,

@@ -47,7 +47,7 @@ def _embed_kernel(
     tl.store(out + row * out_stride + columns, x.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "batch_stride"])
 def _embed_codes_kernel(
     codes, table0, table1, table2, table3, table4, table5, table6, table7, places, out,
     time, width, table_rows, table_stride, place_stride, batch_stride, time_stride, code_stride, out_stride,

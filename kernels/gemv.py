@@ -18,10 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
-from bark_fast.kernels.target import COMPILE, Target
+from bark_fast.kernels.target import COMPILE, Target, registers
 
 MAX_ROWS = 8
 MAX_CHUNKS = 16
+WEIGHT_BYTES = 256
+"""Of weights in a thread's registers: with LayerNorm's bias and three rows, more spill (SASS of triton 3.9)."""
 
 
 @triton.jit
@@ -119,10 +121,14 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     warps = 1
     while warps < 8 and k > 8 * span * warps:
         warps *= 2
+    kept = dtype.itemsize if rows == 1 else 4  # bytes of a weight: for several rows it is converted once
     block_n = 1
     for wider in (2, 4):
         programs = triton.cdiv(n, wider)
-        if programs >= (4 if rows == 1 else 2) * target.processors and wider * k <= 16 * span * warps:
+        if (
+            programs >= (4 if rows == 1 else 2) * target.processors
+            and wider * k * kept <= WEIGHT_BYTES * 32 * warps
+        ):
             block_n = wider
     return Tile(block_n, warps * span, warps)
 
@@ -156,6 +162,8 @@ def gemv(
             HAS_RESIDUAL=residual is not None, GELU=gelu, ROWS=rows,
             BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, CHUNKS=triton.cdiv(k, chosen.block_k),
             EVEN=k % chosen.block_k == 0, PDL=pdl, num_warps=chosen.warps,
+            # not told so, ptxas spills to fit one program more onto a processor (SASS of triton 3.9)
+            **(registers(255) if rows > 1 else {}),
             **({"launch_pdl": True} if pdl else {}), **COMPILE,
         )  # fmt: skip
     return out

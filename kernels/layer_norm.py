@@ -39,15 +39,6 @@ def row_moments(x, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def normalised(x, mean, rstd, norm_weight, norm_bias, columns, inside, HAS_NORM_BIAS: tl.constexpr):
-    """(x - mean) * rstd * weight + bias in fp32 for some columns, given as offsets into weight and bias."""
-    y = (x - mean) * rstd * tl.load(norm_weight + columns, inside, 0.0).to(tl.float32)
-    if HAS_NORM_BIAS:
-        y += tl.load(norm_bias + columns, inside, 0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
 def _layer_norm_kernel(
     x, norm_weight, norm_bias, out, width, x_stride, out_stride,
     HAS_NORM_BIAS: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,7 +49,9 @@ def _layer_norm_kernel(
     x += row * x_stride
     mean, rstd = row_moments(x, width, BLOCK)
     values = tl.load(x + columns, inside, 0.0).to(tl.float32)
-    y = normalised(values, mean, rstd, norm_weight, norm_bias, columns, inside, HAS_NORM_BIAS)
+    y = (values - mean) * rstd * tl.load(norm_weight + columns, inside, 0.0).to(tl.float32)
+    if HAS_NORM_BIAS:
+        y += tl.load(norm_bias + columns, inside, 0.0).to(tl.float32)
     tl.store(out + row * out_stride + columns, y.to(out.dtype.element_ty), inside)
 
 

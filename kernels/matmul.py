@@ -19,30 +19,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.layer_norm import EPS, gelu, normalised
-from bark_fast.kernels.target import COMPILE, Target
+from bark_fast.kernels.layer_norm import EPS, gelu
+from bark_fast.kernels.target import COMPILE, Target, registers
 
 MAX_NORM_ROWS = 16
+MAX_NORM_BYTES = 512
+"""Of the rows to normalise, in a thread's registers; for longer ones LayerNorm is a launch of its own."""
 MAX_SPLITS = 8
 
 
 @triton.jit
-def _moments(x, inside, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr):
-    """Mean and 1 / sqrt(var + eps) of BLOCK_M rows, read once, blocks merged as in Chan et al. (1979)."""
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    spread = tl.zeros([BLOCK_M], tl.float32)
-    for step in range(STEPS):
-        start = step * BLOCK_K
-        columns = start + tl.arange(0, BLOCK_K)
-        here = inside & (columns < width)[None, :]
-        values = tl.load(x + columns[None, :], here, 0.0).to(tl.float32)
-        count = tl.minimum(width - start, BLOCK_K).to(tl.float32)
-        block_mean = tl.sum(values, 1) / count
-        distance = tl.where(here, values - block_mean[:, None], 0.0)
-        apart = block_mean - mean
-        mean += apart * count / (start + count)
-        spread += tl.sum(distance * distance, 1) + apart * apart * (start * count / (start + count))
-    return mean, tl.rsqrt(spread / width + EPS)
+def _moments(x, width, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, WHOLE: tl.constexpr):
+    """Mean and 1 / sqrt(var + eps) of BLOCK_M rows, read once and held in registers.
+
+    Every program waits for this before its product: all loads are issued before the first is looked at, and
+    threads meet once for the mean and once for the distances from it.
+    """
+    pieces = ()
+    for step in tl.static_range(STEPS):
+        columns = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        pieces += (tl.load(x + columns, WHOLE | (columns < width), 0.0),)
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for step in tl.static_range(STEPS):
+        total += pieces[step].to(tl.float32)
+    mean = tl.sum(total, 1) / width
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for step in tl.static_range(STEPS):
+        columns = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        distance = tl.where(WHOLE | (columns < width), pieces[step].to(tl.float32) - mean[:, None], 0.0)
+        total += distance * distance
+    return mean, tl.rsqrt(tl.sum(total, 1) / width + EPS)
+
+
+@triton.jit
+def _gains(norm_weight, norm_bias, columns, k, HAS_NORM_BIAS: tl.constexpr):
+    """LayerNorm's weight and bias for some columns, as they lie in memory."""
+    gain = tl.load(norm_weight + columns, columns < k, 0.0)
+    shift = gain
+    if HAS_NORM_BIAS:
+        shift = tl.load(norm_bias + columns, columns < k, 0.0)
+    return gain, shift
 
 
 @triton.jit
@@ -72,14 +88,14 @@ def _finish(
     tl.store(out + rows[:, None] * out_stride + lines[None, :], y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _matmul_kernel(
     x, norm_weight, norm_bias, weight, bias, residual, out, partials, counters,
     m, n, k, x_stride, weight_stride, residual_stride, out_stride,
     HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -100,7 +116,10 @@ def _matmul_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if HAS_NORM:
-        mean, rstd = _moments(x_rows, (rows < m)[:, None], k, BLOCK_M, BLOCK_K, BLOCKS)
+        # rows beyond m repeat the last: a mask of its own for every load is more than there are predicates
+        there = tl.minimum(rows, m - 1)[:, None] * x_stride
+        mean, rstd = _moments(x + there, k, BLOCK_M, BLOCK_K, BLOCKS, WHOLE)
+        gain, shift = _gains(norm_weight, norm_bias, begin + tl.arange(0, BLOCK_K), k, HAS_NORM_BIAS)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(STEPS):
         columns = begin + step * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -108,11 +127,12 @@ def _matmul_kernel(
         w = tl.load(weight_lines + columns[None, :], (lines < n)[:, None] & here[None, :], 0.0)
         values = tl.load(x_rows + columns[None, :], (rows < m)[:, None] & here[None, :], 0.0)
         if HAS_NORM:
-            y = normalised(
-                values.to(tl.float32), mean[:, None], rstd[:, None],
-                norm_weight, norm_bias, columns[None, :], here[None, :], HAS_NORM_BIAS,
-            )  # fmt: skip
+            y = (values.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain[None, :].to(tl.float32)
+            if HAS_NORM_BIAS:
+                y += shift[None, :].to(tl.float32)
             values = y.to(w.dtype)
+            # a step ahead; the compiler fetches the weight ahead, but not elements as small as these
+            gain, shift = _gains(norm_weight, norm_bias, columns + BLOCK_K, k, HAS_NORM_BIAS)
         sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
     if SPLITS == 1:
         _finish(
@@ -159,6 +179,12 @@ class Tile:
         return (self.splits * tiles * self.block_m * self.block_n, tiles) if self.splits > 1 else (0, 0)
 
 
+def normalises(x: Tensor, chosen: Tile) -> bool:
+    """Whether the kernel takes a LayerNorm of these rows, where the tile asks for it."""
+    held = chosen.block_m * x.shape[1] * x.element_size()
+    return chosen.fused_norm and len(x) <= MAX_NORM_ROWS and held <= MAX_NORM_BYTES * 32 * chosen.warps
+
+
 def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     """Up to 64 rows: narrow blocks of the weight, k split until each processor has work; beyond: square blocks.
 
@@ -194,7 +220,7 @@ def matmul(
     """
     (rows, k), n = x.shape, len(weight)
     assert weight.shape == (n, k) and x.dtype == weight.dtype and k > 0
-    assert x.stride(1) == weight.stride(1) == 1 and (norm is None or rows <= MAX_NORM_ROWS)
+    assert x.stride(1) == weight.stride(1) == 1 and (norm is None or normalises(x, chosen))
     assert residual is None or (residual.shape == (rows, n) and residual.stride(1) == 1)
     norm_weight, norm_bias = norm or (None, None)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
@@ -222,8 +248,12 @@ def matmul(
         HAS_NORM=norm is not None, HAS_NORM_BIAS=norm_bias is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, GELU=gelu,
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, GROUP=8, SPLITS=chosen.splits,
-        STEPS=steps, BLOCKS=blocks, EVEN=span * chosen.splits == k, PREFETCH=prefetch, PDL=pdl,
+        STEPS=steps, BLOCKS=blocks, EVEN=span * chosen.splits == k,
+        WHOLE=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl,
         num_warps=chosen.warps, num_stages=chosen.stages,
+        # a processor has one or two of these programs, so none need save registers: not told so, ptxas loads
+        # half of the rows and waits before it loads the others (SASS of triton 3.9)
+        **(registers(255) if norm else {}),
         **({"launch_pdl": True} if pdl else {}), **COMPILE,
     )  # fmt: skip
     return out

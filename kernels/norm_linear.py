@@ -81,7 +81,7 @@ def planned(
     """`linear` by a plan of the caller's choice."""
     if isinstance(chosen, gemv.Tile):
         return gemv.gemv(x, norm, weight, bias, residual, gelu, chosen, pdl)
-    if norm is not None and (chosen is None or not chosen.fused_norm or len(x) > matmul.MAX_NORM_ROWS):
+    if norm is not None and (chosen is None or not matmul.normalises(x, chosen)):
         x, norm = layer_norm(x, *norm), None
     if chosen is not None:
         return matmul.matmul(x, norm, weight, bias, residual, gelu, chosen, scratch, pdl)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.attention import HEAD_DIMS, LOG2_E, wide
-from bark_fast.kernels.target import COMPILE, on_its_device, target_of
+from bark_fast.kernels.target import COMPILE, on_its_device, registers, target_of
 
 PAGE_SIZES = (16, 32, 64)
 MAX_PARTS = 32
@@ -154,7 +154,8 @@ def _decode_kernel(
         tl.store(out + dims, (o / tl.where(sum_ == 0.0, 1.0, sum_)).to(out.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["num_pages", "n_head"])
+# slots may begin anywhere, behind those of other rows
+@triton.jit(do_not_specialize=["num_pages", "n_head"], do_not_specialize_on_alignment=["slots"])
 def _append_kernel(
     qkv, k_pages, v_pages, slots, qkv_row, slot_stride, num_pages, n_head,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -187,7 +188,7 @@ def _copy_kernel(k_pages, v_pages, pairs, pair_stride, num_pages, count, page_el
             tl.store(pages + destination * page_elements + columns, piece, inside)
 
 
-@triton.jit(do_not_specialize=["num_pages", "length"])
+@triton.jit(do_not_specialize=["num_pages", "length"], do_not_specialize_on_alignment=["table"])
 def _gather_kernel(
     pages, table, out, out_head, out_token, num_pages, length,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -236,15 +237,18 @@ def paged_attention(
         parts = 1
     else:
         parts = max(1, min(parts, partials.numel() // (pairs * (head_dim + 2)), MAX_PARTS))
-    # 16 KB of K and V in two bytes an element: what four programs of a processor must have on the way to
-    # saturate the memory (bandwidth times latency is about 20 KB a processor)
+    # 16 KB of K and V a turn, eight loads a thread: what four programs of a processor must have on the way to
+    # saturate the memory (bandwidth times latency is about 20 KB a processor). Given the registers that four
+    # programs leave each other, all eight are issued before the first is waited for; not given them, one to six
+    # are (SASS of triton 3.9).
     _decode_kernel[(parts, n_head, rows)](
         query, k_pages, v_pages, block_table, lengths, query_starts, lengths if slots is None else slots, out,
         partials if parts > 1 else out, counters if parts > 1 else lengths,
         query.stride(0), query.stride(1), block_table.stride(0), 0 if slots is None else slots.stride(0),
         out.stride(0), seqs, columns, num_pages, scale * LOG2_E,
-        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=4096 // head_dim, SPLIT=parts > 1, PARTS=MAX_PARTS,
-        APPEND=slots is not None, num_warps=4, num_stages=1, **COMPILE,
+        PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=8192 // (head_dim * k_pages.element_size()),
+        SPLIT=parts > 1, PARTS=MAX_PARTS, APPEND=slots is not None,
+        num_warps=4, num_stages=1, **registers(128), **COMPILE,
     )  # fmt: skip
 
 

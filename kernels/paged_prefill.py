@@ -30,7 +30,12 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, 
     return Blocks(64, 64 if head_dim < 128 else 32, 4, 2)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "num_pages", "n_head"])
+# The integers lie behind those of the rows that decode in the same step: whether they begin at a multiple of 16
+# bytes changes from step to step. They are loaded one by one, so nothing is gained by knowing.
+@triton.jit(
+    do_not_specialize=["rows", "columns", "num_pages", "n_head"],
+    do_not_specialize_on_alignment=["block_table", "lengths", "query_starts", "slots"],
+)
 def _prefill_kernel(
     qkv, k_pages, v_pages, block_table, lengths, query_starts, slots, out,
     qkv_row, table_stride, slot_stride, out_row,

@@ -79,7 +79,7 @@ def exponential_at(at, step, stream, chunk, key0, key1):
     return exponential_of(tl.where(lane < 2, low, tl.where(lane == 2, w2, w3)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _exponential_kernel(
     places, out, place_stride, out_stride, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

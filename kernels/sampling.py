@@ -70,7 +70,7 @@ def _scores(logits, at, inside, temperature, inverse):
     return x, _divide(x, temperature, inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sample_kernel(
     logits, noise, rules, numbers, places, tokens, flag, scratch,
     rows, width, logits_low, logits_stride, noise_stride, rule_stride, number_stride, place_stride,

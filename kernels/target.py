@@ -50,6 +50,15 @@ def target_of(device: torch.device) -> Target:
     return _cuda_target(device.index) if device.type == "cuda" else _assumed.get()
 
 
+def registers(most: int) -> dict[str, int]:
+    """Compile option that lets a thread have so many registers; ptxas then saves none below that.
+
+    Left to itself it weighs them against programs a processor, and may load into the same few again and again,
+    waiting each time. AMD's compiler has no such option.
+    """
+    return {} if torch.version.hip else {"maxnreg": most}
+
+
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`launch` with the GPU of its first argument as the current one, which Triton launches on."""
 

@@ -17,6 +17,7 @@ from bark_fast.engine.kv_pool import PAGE_SIZE
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Scheduler, Utterance
 from bark_fast.errors import GenerationError
+from bark_fast.modules import gpt, layer
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.pipeline import Bark
 from bark_fast.sampling import SamplingRule
@@ -236,6 +237,35 @@ def test_a_burst_may_end_anywhere_in_a_page(suno_bark: Bark, prompt: int) -> Non
         assert outcome.error is None
         drawn.append(outcome.result)
     assert drawn[0] == drawn[1]
+
+
+def narrow() -> Stage[list[int]]:
+    """A few tokens from a window that is no wider than a layer."""
+    rule = SamplingRule("suno", ((10_000, 10_032),), 12_096, temperature=0.7)
+    return (yield Decode("coarse", torch.arange(10_000, 10_004).numpy(), rule, 8)).tokens.tolist()
+
+
+def test_every_product_of_a_burst_uses_the_scratch_made_for_it(suno_bark: Bark, monkeypatch) -> None:
+    """The head's too: scratch made within a captured step would be cleared again whenever it is replayed."""
+    made = (torch.empty(0), torch.empty(0, dtype=torch.int32))
+    monkeypatch.setattr(burst, "linear_scratch", lambda *_: made)
+    given: dict[str, list[bool]] = {}
+    for module in (gpt, layer):
+        for name in ("norm_linear", "linear_residual", "layernorm_gelu_mlp"):
+            if hasattr(module, name):
+                original = getattr(module, name)
+
+                def spied(*args, name=f"{module.__name__} {name}", original=original, scratch=None, **options):
+                    given.setdefault(name, []).append(scratch is made)
+                    return original(*args, **options)
+
+                monkeypatch.setattr(module, name, spied)
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    step = DecodeLoop._step
+    monkeypatch.setattr(DecodeLoop, "_step", lambda loop: (given.clear(), step(loop)))
+    (outcome,) = Scheduler(runner).run([Utterance(narrow(), PhiloxNoise(1, runner.device))])
+    assert outcome.error is None
+    assert len(given) == 4 and all(all(uses) for uses in given.values()), given
 
 
 @pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")

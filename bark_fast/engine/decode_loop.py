@@ -198,7 +198,7 @@ class DecodeLoop:
         )  # fmt: skip
         attend = partial(self.pool.attend, batch)
         hidden = self.gpt(state.ids, state.positions, attend, scratch=buffers.scratch)
-        logits = self.gpt.logits(hidden, shape.low, shape.high)
+        logits = self.gpt.logits(hidden, shape.low, shape.high, buffers.scratch)
         rules = RuleRows(buffers.integers, buffers.numbers, shape.window, shape.filters)
         noise = None
         if self.given:

@@ -76,6 +76,11 @@ class GPT(nn.Module):
         # gathering 12 tensors a layer takes longer than to check them; parameters are changed, never replaced
         return LayerWeights(tensor for layer in self.layers for tensor in cast(Layer, layer).weights())
 
-    def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
-        """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""
-        return norm_linear(hidden, self.ln_f.weight, self.ln_f.bias, self.head.weight[low:high])
+    def logits(self, hidden: Tensor, low: int, high: int, scratch: Scratch | None = None) -> Tensor:
+        """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low).
+
+        scratch: as in `forward`. It has room for the widest layer, 4 * n_embd outputs; of more, k is not split.
+        """
+        weight = self.head.weight[low:high]
+        fits = len(weight) <= 4 * self.config.n_embd
+        return norm_linear(hidden, self.ln_f.weight, self.ln_f.bias, weight, scratch=scratch if fits else None)

@@ -26,12 +26,14 @@ class Launch:
 
     name: shape and dtype, for tables. call: launches it, on tensors of the device given to `launches`.
     tensor_cores: its matrix products must use them. streaming: its weights must be read 128 bits at a time.
+    loads_at_once: 128-bit loads that a thread must issue before it waits for the first, see `sass`.
     """
 
     name: str
     call: Callable[[], object]
     tensor_cores: bool = False
     streaming: bool = False
+    loads_at_once: int = 0
 
 
 def launches(family: str, device: torch.device) -> Iterator[Launch]:

@@ -17,12 +17,12 @@ from bark_fast.kernels.target import target_of
 from production import DTYPES, WIDTHS, Launch
 
 SEMANTIC_OUTPUTS, CODES = 10_001, 1_024
-HALF_ROWS = (4, 16, 64)
+HALF_ROWS = (2, 3, 4, 16, 64)
+BIAS_ROWS = (1, 2, 3, 4, 16)
 
 
 def launches(device: torch.device) -> Iterator[Launch]:
-    """Both sizes of Bark; one row in three dtypes, more rows in one dtype each."""
-    depends = target_of(device).arch >= 90
+    """Both sizes of Bark; one row in three dtypes, more rows in one dtype, LayerNorm with a bias in two."""
     for size, (width, _) in WIDTHS.items():
         layers = {
             "qkv": (3 * width, True, False),
@@ -32,17 +32,24 @@ def launches(device: torch.device) -> Iterator[Launch]:
         }
         for dtype in DTYPES:
             for layer, (n, normed, added) in layers.items():
-                for rows in (1, *(HALF_ROWS if dtype == torch.float16 and layer in ("qkv", "out") else ())):
+                many = {"qkv": HALF_ROWS, "out": HALF_ROWS, "code head": (16,)}.get(layer, ())
+                for rows in (1, *(many if dtype == torch.float16 else ())):
                     if size == "large" and rows == 64:
                         continue  # the very kernels of the small size
                     x, weight, norm, residual = operands(rows, n, width, dtype, device)
-                    call = partial(
-                        kernels.linear, x, weight, norm=norm if normed else None,
-                        residual=residual if added else None, pdl=depends,
+                    yield _launch(
+                        f"{size} {layer} {str(dtype).removeprefix('torch.')}",
+                        x, weight, norm if normed else None, residual=residual if added else None,
                     )  # fmt: skip
-                    name = f"{size} {layer} {str(dtype).removeprefix('torch.')} rows {rows}"
-                    alone = rows <= matmul.MAX_NORM_ROWS or not normed  # the LayerNorm is no launch of its own
-                    yield Launch(name, call, tensor_cores=rows > 4 and alone, streaming=True)
+        for dtype in (torch.float16, torch.bfloat16):  # the fine model, and checkpoints with biases
+            for rows in BIAS_ROWS:
+                x, weight, (gain, _), _ = operands(rows, 3 * width, width, dtype, device)
+                shift, bias = torch.empty_like(gain), torch.empty_like(weight[:, 0])
+                name = f"{size} qkv {str(dtype).removeprefix('torch.')} norm bias"
+                yield _launch(name, x, weight, (gain, shift), bias=bias)
+        for rows in (1, 4, 16) if target_of(device).arch >= 90 else ():  # what the benchmarks compare
+            x, weight, norm, _ = operands(rows, 3 * width, width, torch.float16, device)
+            yield _launch(f"{size} qkv float16 pdl", x, weight, norm, pdl=True)
     x, weight, norm, residual = operands(1024, 1024, 1024, torch.bfloat16, device)
     yield Launch("cublas out bfloat16", partial(kernels.linear, x, weight, residual=residual), streaming=True)
     for dtype in (torch.float16, torch.bfloat16):
@@ -50,6 +57,21 @@ def launches(device: torch.device) -> Iterator[Launch]:
         tile = matmul.tile(target_of(device), dtype, 1024, 1024, 1024)
         call = partial(kernels.planned, tile, x, None, weight, None, residual, False)
         yield Launch(f"triton out {dtype} rows 1024", call, tensor_cores=True, streaming=True)
+
+
+def _launch(
+    name: str, x: torch.Tensor, weight: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor | None] | None,
+    **options: object,
+) -> Launch:  # fmt: skip
+    """`linear` of these, and what it must be on tensor cores."""
+    rows = len(x)
+    chosen = kernels.plan(target_of(x.device), x.dtype, rows, *weight.shape)
+    products = isinstance(chosen, matmul.Tile)
+    # a LayerNorm within the product reads 12 to 32 times 16 bytes a thread
+    fused = norm is not None and products and matmul.normalises(x, chosen)
+    at_once = 12 if fused else 0
+    call = partial(kernels.linear, x, weight, norm=norm, **options)
+    return Launch(f"{name} rows {rows}", call, products and (fused or norm is None), True, at_once)
 
 
 def operands(

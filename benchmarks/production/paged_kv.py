@@ -35,9 +35,9 @@ def launches(device: torch.device) -> Iterator[Launch]:
                 scratch = attention_scratch(batch, heads, HEAD_DIM, device)
                 slots = integers(batch, dtype=torch.int64)
                 call = partial(kernels.paged_attention, query, k, v, *tables, out, HEAD_DIM**-0.5, *scratch)
-                yield Launch(f"{name} decode {batch}", partial(call, slots), streaming=True)
+                yield Launch(f"{name} decode {batch}", partial(call, slots), streaming=True, loads_at_once=8)
                 if batch == 1:
-                    yield Launch(f"{name} attend {batch}", call, streaming=True)
+                    yield Launch(f"{name} attend {batch}", call, streaming=True, loads_at_once=8)
             yield Launch(f"{name} append", partial(kernels.append_kv, qkv, k, v, slots), streaming=True)
             yield Launch(f"{name} copy", partial(kernels.copy_pages, k, v, integers(4, 2)), streaming=True)
             whole = torch.empty(heads, 887, HEAD_DIM, dtype=dtype, device=device)

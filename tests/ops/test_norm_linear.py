@@ -83,6 +83,24 @@ def test_matmul(device: str, dtype: torch.dtype, rows: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [64, 96, 100, 128])
+def test_normalised_rows_of_any_length_in_blocks_and_splits(device: str, k: int) -> None:
+    """Whole blocks or not, as many in each split or not."""
+    c = case(5, 37, k, torch.float16, device)
+    plan = matmul.Tile(16, 32, 32, 2, 4, 3)
+    assert matmul.normalises(c.x, plan)
+    assert_close(run(c, plan), c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_too_long_to_be_held_are_normalised_beforehand(device: str) -> None:
+    c = case(5, 37, 300, torch.float32, device)
+    plan = matmul.Tile(16, 32, 32, 1, 1, 2)
+    assert not matmul.normalises(c.x, plan)
+    assert_close(run(c, plan), c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_more_blocks_of_rows_than_share_a_walk(device: str) -> None:
     """Groups of eight blocks go through all lines together; the last group is of two."""
     c = case(9 * 16 + 5, 70, 64, torch.float32, device)
