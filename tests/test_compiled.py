@@ -40,7 +40,8 @@ def specialised(*options: str) -> dict[str, int]:
     """Of each kernel, how many Triton would compile as the batch changes size (`specialised.py`)."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = (str(SCRIPT.parent), environment.get("PYTHONPATH", ""))
+    # an empty part would be the checkout, where the package has no kernels beside it
+    paths = filter(None, (str(SCRIPT.parent), environment.get("PYTHONPATH")))
     command = (sys.executable, Path(__file__).with_name("specialised.py"), *options)
     done = subprocess.run(
         command, capture_output=True, text=True, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}
