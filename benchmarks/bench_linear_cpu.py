@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -102,7 +103,7 @@ def rows_of(shape: dict[str, Any], seconds: dict[str, list[float]], read: int) -
     }
 
 
-def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
+def measure(size: str, name: str, quick: bool) -> list[dict[str, Any]]:
     gpt = model(size, DTYPES[name])
     layers: list[Layer] = [layer for layer in gpt.layers if isinstance(layer, Layer)]
     matrices = [m for layer in layers for m in (layer.qkv, layer.out, layer.fc, layer.proj)]
@@ -122,7 +123,7 @@ def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
                 keys = 2 * CONTEXT * rows * gpt.config.n_layer
                 read += (HEAD_ROWS + keys) * gpt.config.n_embd * DTYPES[name].itemsize
             plain = torch.ones(read // 4)
-            seconds = take_turns({**pair, "read": plain.sum}, repeats, 0.0)
+            seconds = take_turns({**pair, "read": plain.sum}, 3 if quick else 11, 0.0)
             table.append(rows_of({"what": what, "size": size, "dtype": name, "rows": rows}, seconds, read))
             row = table[-1]
             print(
@@ -134,8 +135,12 @@ def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+Measure = Callable[[str, str, bool], list[dict[str, Any]]]
+
+
+def run(description: str | None, measure: Measure, results: str) -> None:
+    """The rows of `measure(size, dtype, quick)`, as the command line asks for them, to results/`results`.csv."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repeats, no rows kept")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -147,11 +152,11 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for size in options.size:
-            for name in options.dtype:
-                rows += measure(size, name, 3 if options.quick else 11)
+            for dtype in options.dtype:
+                rows += measure(size, dtype, options.quick)
     if not options.quick:
-        print(append_rows("linear_cpu", rows, device="cpu"))
+        print(append_rows(results, rows, device="cpu"))
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, "linear_cpu")

@@ -8,16 +8,14 @@ GELU and residual, `attention` that of one layer, `prefill` a pass over a prompt
 
 from __future__ import annotations
 
-import argparse
 import os
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from bench_linear_cpu import DTYPES, SIZES, linears, model
+from bench_linear_cpu import DTYPES, SIZES, linears, model, run
 from bench_paged_kv import Call, take_turns
-from harness import append_rows
 from torch import Tensor
 
 from bark_fast import extension
@@ -71,7 +69,7 @@ def work(size: str, rows: int, *, layers: int, queries: int) -> float:
     return layers * (24 * rows * width**2 + 4 * queries * rows * width) / 1e9
 
 
-def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
+def measure(size: str, name: str, quick: bool) -> list[dict[str, Any]]:
     dtype = DTYPES[name]
     layers, heads, width = SIZES[size]
     gpt = model(size, dtype)
@@ -89,7 +87,7 @@ def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
     isa = "" if module is None else module.isa()
     table = []
     for what, rows, call, gflop in cases:
-        seconds = take_turns(turns(call), repeats, 0.0)
+        seconds = take_turns(turns(call), 1 if quick else 9, 0.0)
         ours, theirs = (np.array(seconds[key]) for key in ("ours", "torch"))
         low, middle, high = np.quantile(theirs / ours, (0.2, 0.5, 0.8))
         mine, other = float(np.median(ours)), float(np.median(theirs))
@@ -118,22 +116,5 @@ def measure(size: str, name: str, repeats: int) -> list[dict[str, Any]]:
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few repeats, no rows kept")
-    parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = []
-    with torch.inference_mode():
-        for size in options.size:
-            for name in options.dtype:
-                rows += measure(size, name, 1 if options.quick else 9)
-    if not options.quick:
-        print(append_rows("passes_cpu", rows))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, "passes_cpu")

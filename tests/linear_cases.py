@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -52,6 +54,19 @@ class Case:
         """In fp64, from the same numbers."""
         return self.to(torch.float64).by_torch()
 
+    def among_nan(self) -> Case:
+        """The same, with NaN before, behind and between what lies in memory."""
+
+        def moved(t: Tensor) -> Tensor:
+            padded = torch.full([size + 40 for size in t.shape], float("nan"), dtype=t.dtype)
+            return padded[tuple(slice(20, 20 + size) for size in t.shape)].copy_(t)
+
+        changed: dict[str, Any] = {name: moved(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        if self.norm is not None:
+            weight, bias = self.norm
+            changed["norm"] = (moved(weight), None if bias is None else moved(bias))
+        return replace(self, **changed)
+
     def bound(self) -> float:
         """Twice the error of torch in this dtype, and one rounding of the largest value."""
         expected = self.expected()
@@ -95,3 +110,24 @@ def case(
         residual=draw(rows, n + 16)[:, :n] if residual else None,
         gelu=gelu,
     )
+
+
+def _without(c: Case, columns: Tensor) -> Tensor:
+    return replace(c, weight=c.weight.index_fill(1, columns, 0)).by_torch()
+
+
+MUTATIONS: dict[str, Callable[[Case], Tensor]] = {
+    "no eps": lambda c: c.by_torch(eps=0.0),
+    "bias missing": lambda c: replace(c, bias=None).by_torch(),
+    "tanh GELU": lambda c: c.by_torch(approximate="tanh"),
+    "norm bias missing": lambda c: replace(c, norm=c.norm and (c.norm[0], None)).by_torch(),
+    "residual missing": lambda c: replace(c, residual=None).by_torch(),
+    "wrong row": lambda c: c.by_torch().roll(1, 0),
+    "weight off by a line": lambda c: replace(c, weight=c.weight.roll(1, 0)).by_torch(),
+    "first 32 columns missing": lambda c: _without(c, torch.arange(32)),
+    "last column missing": lambda c: _without(c, torch.tensor([c.weight.shape[1] - 1])),
+    "first 64 columns twice": lambda c: replace(
+        c, weight=torch.cat([c.weight[:, :64] * 2, c.weight[:, 64:]], 1)
+    ).by_torch(),
+}
+"""What may go wrong with a case that has everything, by torch: a test's bound must notice each."""
