@@ -139,7 +139,7 @@ Measure = Callable[[str, str, bool], list[dict[str, Any]]]
 
 
 def run(description: str | None, measure: Measure, results: str) -> None:
-    """The rows of `measure(size, dtype, quick)`, as the command line asks for them, to results/`results`.csv."""
+    """The rows of `measure(size, dtype, quick)`, as the command line asks for them, to `results`.csv."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repeats, no rows kept")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
