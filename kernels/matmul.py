@@ -252,8 +252,9 @@ def matmul(
         WHOLE=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl,
         num_warps=chosen.warps, num_stages=chosen.stages,
         # a processor has one or two of these programs, so none need save registers: not told so, ptxas loads
-        # half of the rows and waits before it loads the others (SASS of triton 3.9)
-        **(registers(255) if norm else {}),
+        # half of the rows to normalise and waits before it loads the others, or spills at 56 registers
+        # (SASS of triton 3.9 and 3.8)
+        **(registers(255) if rows <= MAX_NORM_ROWS else {}),
         **({"launch_pdl": True} if pdl else {}), **COMPILE,
     )  # fmt: skip
     return out
