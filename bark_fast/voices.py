@@ -42,6 +42,10 @@ class Voice:
         return f"Voice({self.name!r}, {len(self.semantic)} semantic tokens, {self.fine.shape[1]} frames)"
 
 
+class _NotDownloaded(InvalidVoice):
+    """A voice's file could not be had from the hub, which says nothing of the voice itself."""
+
+
 class VoiceLibrary:
     """Where names such as `v2/en_speaker_6` are looked up. Nothing is read before the first look-up.
 
@@ -114,7 +118,7 @@ class VoiceLibrary:
                 if files := _entry(index, _read_index(index), name):
                     arrays = {key: _read_npy(self._download(files[key])) for key in KEYS}
                     return check_voice(arrays, name, self.layout)
-            except InvalidVoice:
+            except _NotDownloaded:
                 if stand_in is None:
                     raise
         if stand_in is not None:
@@ -142,7 +146,7 @@ class VoiceLibrary:
         try:
             return Path(huggingface_hub.hf_hub_download(self._hub_id, file, revision=self._revision))
         except Exception as error:  # no connection, no such file, full disk: dozens of types in three packages
-            raise InvalidVoice(
+            raise _NotDownloaded(
                 f"cannot download {file} of {self._hub_id}: {_reason(error)}; "
                 "connect to the Hub or use an .npz file"
             ) from error

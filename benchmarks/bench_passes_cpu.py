@@ -91,23 +91,11 @@ def measure(size: str, name: str, quick: bool) -> list[dict[str, Any]]:
         ours, theirs = (np.array(seconds[key]) for key in ("ours", "torch"))
         low, middle, high = np.quantile(theirs / ours, (0.2, 0.5, 0.8))
         mine, other = float(np.median(ours)), float(np.median(theirs))
-        table.append(
-            {
-                **{"what": what, "size": size, "dtype": name, "rows": rows, "isa": isa},
-                **{
-                    "ms": mine * 1e3,
-                    "torch_ms": other * 1e3,
-                    "gflop_s": gflop / mine,
-                    "torch_gflop_s": gflop / other,
-                },
-                **{
-                    "ratio_p20": low,
-                    "ratio_p50": middle,
-                    "ratio_p80": high,
-                    "load": f"{os.getloadavg()[0]:.1f}",
-                },
-            }
-        )
+        table.append({
+            "what": what, "size": size, "dtype": name, "rows": rows, "isa": isa, "ms": mine * 1e3,
+            "torch_ms": other * 1e3, "gflop_s": gflop / mine, "torch_gflop_s": gflop / other,
+            "ratio_p20": low, "ratio_p50": middle, "ratio_p80": high, "load": f"{os.getloadavg()[0]:.1f}",
+        })  # fmt: skip
         print(
             f"{what:10}{size:6}{name:9}{rows:5} rows: {mine * 1e3:8.2f} ms {gflop / mine:4.0f} GFLOP/s | torch "
             f"{other * 1e3:8.2f} ms {gflop / other:4.0f} GFLOP/s | ratio {middle:.2f}",

@@ -87,7 +87,7 @@ void gemm(const Linear& whole, int threads) {
 
 bool gemm_pays() {
 #ifdef BARK_FAST_X86
-    return chosen_isa() >= kAvx512 && !__builtin_cpu_is("intel");
+    return chosen_isa() >= kAvx512 && !cpu_is_intels();
 #else
     return false;
 #endif

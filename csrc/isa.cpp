@@ -11,11 +11,13 @@
 namespace bark_fast {
 
 #ifdef BARK_FAST_X86
-const bool fetch_near = [] {
-    __builtin_cpu_init();
-    return !__builtin_cpu_is("intel");
-}();
+bool cpu_is_intels() {
+    __builtin_cpu_init();  // may be asked before constructors have run
+    return __builtin_cpu_is("intel");
+}
+const bool fetch_near = !cpu_is_intels();
 #else
+bool cpu_is_intels() { return false; }
 const bool fetch_near = false;
 #endif
 

@@ -3,6 +3,8 @@
 
 namespace bark_fast {
 
+bool cpu_is_intels();
+
 // Whether what memory streams is best asked for into the L1: on CPUs that are not Intel's. There it can be as little as
 // the line buffers hold, and the L2 is the better place.
 extern const bool fetch_near;

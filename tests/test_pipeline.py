@@ -98,6 +98,15 @@ class TestGenerate:
         assert torch.equal(before, torch.get_rng_state())
 
 
+def test_numpys_integers_are_integers(suno_bark):
+    def spoken(top_k, seed):
+        params = SamplingParams(top_k=top_k)
+        audios = suno_bark.generate(["One.", "Two."], seed=seed, semantic=params, max_seconds=0.3)
+        return [audio.tokens.fine.tolist() for audio in audios]
+
+    assert spoken(np.int64(5), np.array([1, 2])) == spoken(5, [1, 2]) != spoken(5, [1, 3])
+
+
 class TestVoices:
     def test_a_saved_voice_speaks_as_the_audio_it_came_from(self, suno_bark, tmp_path):
         first = suno_bark.generate("One and two.", seed=0, max_seconds=1.0)
@@ -223,6 +232,7 @@ BAD_OPTIONS = [
     ({"semantic": 0.7}, "semantic is 0.7"),
     ({"coarse": {"temperature": 1}}, "coarse is"),
     ({"fine": SamplingParams(top_k=3)}, "fine.top_k is 3"),
+    ({"coarse": SamplingParams(min_eos_p=0.5)}, "coarse.min_eos_p is 0.5"),
     ({"fine": SamplingParams(top_p=0.5)}, "fine.top_p is 0.5"),
     ({"voice": 3}, "voice"),
     ({"voice": "no such voice"}, "no such voice"),

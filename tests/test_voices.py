@@ -356,6 +356,11 @@ class TestLibrary:
         same(library.get("v2/a"), arrays())
         same(library.get("v2/b"), arrays(seed=1))
 
+        np.save(
+            tmp_path / "hub" / "speaker_embeddings" / "v2" / "a_fine_prompt.npy", np.zeros((8, 0), dtype=int)
+        )
+        refused("v2/a", library, "fine_prompt")  # nothing stands in for a voice that is there and not sound
+
         def unreachable(*_, **__):
             raise ConnectionError("no route to host")
 

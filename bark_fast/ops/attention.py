@@ -8,8 +8,6 @@ softmax's weights to bfloat16, as torch does. None has a gradient here: results 
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -47,17 +45,16 @@ def attention(
     """
     _check(query, key, value, causal, key_mask, lengths, scale, out)
     natural = query.shape[-1] ** -0.5 if scale is None else scale
+    if is_eager(query) and not uses_triton(query, query.shape[3]):
+        seen = _by_extension(query, key, value, causal, key_mask, lengths, natural, out)
+        if seen is not None:
+            return seen
+        seen = reference(query, key, value, causal, key_mask, lengths, scale)
+        return seen if out is None else out.copy_(seen)
+    out = _merged_heads(query) if out is None else out
     if is_eager(query):
-        if (
-            out is None
-            and not uses_triton(query, query.shape[3])
-            and not _compiled(query, key, value, key_mask, lengths)
-        ):
-            return reference(query, key, value, causal, key_mask, lengths, scale)
-        out = _merged_heads(query) if out is None else out
         _attention(query, key, value, causal, key_mask, lengths, natural, out)
     else:
-        out = _merged_heads(query) if out is None else out
         torch.ops.bark_fast.attention(query, key, value, causal, key_mask, lengths, natural, out)
     return out
 
@@ -147,10 +144,8 @@ def _attention(
     out: Tensor,
 ) -> None:
     if not uses_triton(query, query.shape[3]):
-        if out.stride(3) == 1 and (module := _compiled(query, key, value, key_mask, lengths)):
-            module.flash(query, key, value, out, causal, scale, torch.get_num_threads())
-            return
-        out.copy_(reference(query, key, value, causal, key_mask, lengths, scale))
+        if _by_extension(query, key, value, causal, key_mask, lengths, scale, out) is None:
+            out.copy_(reference(query, key, value, causal, key_mask, lengths, scale))
         return
     from bark_fast.kernels import attention as kernels
 
@@ -158,10 +153,17 @@ def _attention(
     kernels.attention(query, key, value, causal, key_mask, lengths, scale, out)
 
 
-def _compiled(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, lengths: Tensor | None
-) -> ModuleType | None:
-    """The extension, where it takes this call."""
+def _by_extension(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+) -> Tensor | None:
+    """`attention` by the extension; None where it does not take the call."""
     if not query.is_cpu or preferred() != "auto" or key_mask is not None or lengths is not None:
         return None
     if query.shape[2] < FEWEST_ROWS or query.shape[3] not in HEAD_DIMS or not key.shape[2]:
@@ -169,7 +171,11 @@ def _compiled(
     module = extension.load()
     if module is None or not hasattr(module, "flash") or not all_plain(query.dtype, (query, key, value)):
         return None
-    return module if module.flash_pays(query) else None
+    if not module.flash_pays(query) or (out is not None and out.stride(3) != 1):
+        return None
+    out = _merged_heads(query) if out is None else out
+    module.flash(query, key, value, out, causal, scale, torch.get_num_threads())
+    return out
 
 
 def _check_triton(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
