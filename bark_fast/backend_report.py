@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bark_fast.extension import describe, load
-from bark_fast.ops.dispatch import has_triton
+from bark_fast.ops.dispatch import has_triton, multiplies_faster
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,16 @@ def backends() -> list[Backend]:
 
 def _cpu_work() -> str:
     """What the extension computes on this CPU, and with which instructions."""
+    import torch
+
     module = load()
     if module is None:
         return ""
-    passes = ", prompts and fine windows" if module.gemm_pays() else "; prompts and fine windows are torch's"
-    return f"; on this CPU {module.isa()} takes decode steps{passes}"
+    ours = [
+        name for name in ("float32", "bfloat16", "float16") if multiplies_faster(module, getattr(torch, name))
+    ]
+    passes = f", in {' and '.join(ours)} prompts and fine windows too" if ours else ""
+    return f"; on this CPU {module.isa()} takes decode steps{passes}; the rest is torch's"
 
 
 def _cuda_fault() -> str:

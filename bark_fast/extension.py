@@ -10,6 +10,32 @@ from types import ModuleType
 MISSING = Path(__file__).parent / "_C_missing.txt"
 """Written by setup.py in place of `_C`: one line that says why."""
 
+NAMES = (
+    "PagePool",
+    "PoolStats",
+    "append_attention",
+    "append_kv",
+    "avoid_openmp",
+    "build_info",
+    "copy_pages",
+    "cpu_is_intels",
+    "cuda_fault",
+    "decode_layers",
+    "flash",
+    "gather_kv",
+    "isa",
+    "isas",
+    "linear",
+    "linear_rows",
+    "mlp",
+    "paged_attention",
+    "parallel_backend",
+    "philox_uniform",
+    "swap_pages",
+    "use_isa",
+)
+"""What `_C` must have. One that an editable install has kept from older sources may lack some."""
+
 
 def load() -> ModuleType | None:
     """`bark_fast._C`, or None when this install has none; then `why_not` says why."""
@@ -42,6 +68,12 @@ def _attempt() -> tuple[ModuleType | None, str]:
         if MISSING.exists():
             return None, MISSING.read_text(encoding="utf-8").strip()
         return None, "bark_fast._C is not part of this build; reinstall bark_fast"
+    lacking = [name for name in NAMES if not hasattr(_C, name)]
+    if lacking:
+        return None, (
+            f"bark_fast._C was built from other sources than these (it has no {', '.join(lacking)}); "
+            "build it again: pip install --no-build-isolation -e ."
+        )
     return _C, ""
 
 

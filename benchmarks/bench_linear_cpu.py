@@ -21,18 +21,20 @@ from bench_paged_kv import Call, take_turns
 from harness import append_rows
 from torch import Tensor
 
+from bark_fast import extension
 from bark_fast.config import GPTConfig
 from bark_fast.engine.kv_pool import KVPool
 from bark_fast.modules.gpt import GPT
 from bark_fast.modules.layer import Layer
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.mlp import layernorm_gelu_mlp
-from bark_fast.ops.norm_linear import compiled, linear_residual, norm_linear
+from bark_fast.ops.norm_linear import linear_residual, norm_linear
 
 SIZES = {"small": (12, 12, 768), "large": (24, 16, 1024)}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT, HEAD_ROWS = 300, 10_001
 TARGETS = {"float32": {1: 1.15, 2: 1.15, 4: 1.15, 8: 1.15}, "bfloat16": {1: 1.25, 2: 1.25, 4: 1.25, 8: 1.25}}
+TARGETS["float16"] = TARGETS["bfloat16"]
 """Largest ratio to a read of the same bytes that is wanted."""
 
 
@@ -143,11 +145,11 @@ def run(description: str | None, measure: Measure, results: str) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repeats, no rows kept")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if compiled() is None:
+    if extension.load() is None:
         raise SystemExit("bark_fast._C is missing: nothing to measure")
     rows = []
     with torch.inference_mode():

@@ -22,6 +22,11 @@ inline void check_dtype(const TensorView& t, DType dtype) {
     if (t.dtype != dtype) reject(std::string(t.name) + " is " + name_of(t.dtype) + "; expected " + name_of(dtype));
 }
 
+inline void check_floating(const TensorView& t) {
+    if (t.dtype == DType::i32 || t.dtype == DType::i64)
+        reject(std::string(t.name) + " is " + name_of(t.dtype) + "; expected float32, float16 or bfloat16");
+}
+
 // A dimension of -1 takes any size.
 inline void check_shape(const TensorView& t, std::initializer_list<int64_t> shape) {
     bool same = t.ndim == static_cast<int>(shape.size());

@@ -18,7 +18,7 @@ struct HeadRows {
 
 // softmax(scale q k^T) v; causal: aligned at the last query and key, keys >= rows.
 struct Flash {
-    DType dtype;  // f32 or bf16
+    DType dtype;  // f32, f16 or bf16
     HeadRows<const void*> query, key, value;
     HeadRows<void*> out;  // overlaps nothing that is read
     int64_t batch, heads, rows, keys, head_dim;  // keys > 0; head_dim: even
@@ -28,13 +28,6 @@ struct Flash {
 
 namespace cpu {
 
-// f32 always; bf16 where `has_flash(bf16)`.
 void flash(const Flash& call, int threads);
-bool has_flash(DType dtype);
-
-// Whether `flash` is faster here than torch, whose products are those of MKL in fp32 (gemm.h) and, on CPUs without AMX,
-// fp32 in bf16 too.
-bool flash_pays(DType dtype);
-
 }  // namespace cpu
 }  // namespace bark_fast

@@ -27,10 +27,9 @@ HeadRows<Pointer> rows_of(const TensorView& t) {
 
 void flash(py::handle query_, py::handle key_, py::handle value_, py::handle out_, bool causal, float scale,
            int threads) {
-    const DType dtype = tensor_view(query_, "query").dtype;
-    if (!cpu::has_flash(dtype))
-        reject(std::string("query is ") + name_of(dtype) + "; expected float32" +
-               (cpu::has_flash(DType::bf16) ? " or bfloat16" : ""));
+    const TensorView any = tensor_view(query_, "query");
+    check_floating(any);
+    const DType dtype = any.dtype;
     const TensorView query = heads_of(query_, "query", dtype, {-1, -1, -1, -1});
     const int64_t batch = query.shape[0], heads = query.shape[1], rows = query.shape[2], head_dim = query.shape[3];
     const TensorView key = heads_of(key_, "key", dtype, {batch, heads, -1, head_dim});
@@ -48,8 +47,6 @@ void flash(py::handle query_, py::handle key_, py::handle value_, py::handle out
     cpu::flash(call, threads);
 }
 
-bool flash_pays(py::handle tensor) { return cpu::flash_pays(tensor_view(tensor, "tensor").dtype); }
-
 }  // namespace
 }  // namespace bark_fast
 
@@ -57,6 +54,4 @@ void bind_flash(py::module_& module) {
     using namespace bark_fast;
     module.def("flash", &flash, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("out"), py::arg("causal"),
                py::arg("scale"), py::arg("threads"));
-    module.def("flash_pays", &flash_pays, py::arg("tensor"),
-               "Whether `flash` takes tensors of this one's dtype and is faster than torch.");
 }

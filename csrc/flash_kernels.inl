@@ -1,8 +1,9 @@
 // Flash attention (Dao, 2023), compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // The queries of a panel lie side by side in vectors, so both products are those of panels.inl, with keys and values
-// as the other operand where they lie, and the softmax between them goes down its keys without crossing lanes.
-// bf16, compiled where the CPU multiplies it: two products a lane and step; weights are rounded to it, sums are not.
+// as the other operand, and the softmax between them goes down its keys without crossing lanes. fp32 keys and values are
+// read where they lie; 16-bit ones are widened first, once for some panels. bf16 where the CPU multiplies it is compiled
+// by itself: two products a lane and step; weights are rounded to it, sums are not.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -25,7 +26,7 @@ namespace {
 constexpr int64_t kKeys = 48;  // of a block: it, the queries and their results stay in the L1
 
 #if defined(__AVX512BF16__)
-using Element = Brain;
+using Element = Brain;  // of what is multiplied
 constexpr int64_t kPair = 2;  // elements of a lane
 
 BARK_FAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
@@ -55,11 +56,39 @@ int64_t panels(int64_t rows) { return Panels(rows).count; }
 
 constexpr int64_t kWidth = kPanelVectors * W;
 
-int64_t room(int64_t head_dim) { return (2 * head_dim + kKeys) * kWidth + kKeys * head_dim; }
+// Floats of one panel's queries, results, scores and values in pairs.
+BARK_FAST_INLINE int64_t panel_room(int64_t head_dim) { return (2 * head_dim + kKeys) * kWidth + kKeys * head_dim; }
 
-template <class Data>
-BARK_FAST_INLINE auto rows_at(const HeadRows<Data>& all, int64_t batch, int64_t head) {
-    return static_cast<const Element*>(all.data) + batch * all.batch_stride + head * all.head_stride;
+// Panels of one head whose keys and values are widened together: a few hundredths of what multiplying them takes.
+template <class T>
+constexpr int64_t kTogether = sizeof(T) == sizeof(Element) ? 1 : 8;
+
+template <class T>
+int64_t room(int64_t keys, int64_t head_dim) {
+    return panel_room(head_dim) + (kTogether<T> == 1 ? 0 : 2 * (keys * head_dim + W));
+}
+
+template <class T, class Data>
+BARK_FAST_INLINE T* rows_at(const HeadRows<Data>& all, int64_t batch, int64_t head) {
+    return static_cast<T*>(all.data) + batch * all.batch_stride + head * all.head_stride;
+}
+
+// Keys or values of one head as they are multiplied.
+struct Others {
+    const Element* first;
+    int64_t stride;
+};
+
+BARK_FAST_INLINE Others widened(const Element* rows, int64_t stride, int64_t, int64_t, float*&) { return {rows, stride}; }
+
+template <class T>
+BARK_FAST_INLINE Others widened(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float*& room) {
+    const Others others = {room, head_dim};
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t d = 0; d < head_dim; d += W)  // the last vector may reach into the next row, which comes after it
+            store(room + i * head_dim + d, load_some(rows + i * stride + d, head_dim - d));
+    room += count * head_dim + W;
+    return others;
 }
 
 // scores (key, query) of `count` keys.
@@ -98,21 +127,27 @@ BARK_FAST_INLINE void add_values(const float* weights, const Element* value, int
         if (from < head_dim) add_values<V, O - 1>(weights, value, stride, steps, from, head_dim, shrink, out);
 }
 
-// Queries as (lane of a row, query); those beyond the last one are its copies.
-BARK_FAST_INLINE void pack_queries(const Element* query, int64_t stride, int64_t rows, int64_t head_dim, int64_t width,
+// `count` lanes of a query from `lane` on, zeros after them.
+template <class T>
+BARK_FAST_INLINE Vec lanes_of(const T* query, int64_t lane, int64_t count) {
+    if constexpr (kPair == 1) return load_some(query + lane, count);
+    Vec v{};
+    __builtin_memcpy(&v, query + lane * kPair, (count < W ? count : W) * sizeof(float));
+    return v;
+}
+
+// Queries as (lane, query); those beyond the last one are its copies.
+template <class T>
+BARK_FAST_INLINE void pack_queries(const T* query, int64_t stride, int64_t rows, int64_t head_dim, int64_t width,
                                    float* panel) {
     const int64_t lanes = head_dim / kPair;
     for (int64_t row = 0; row < width; row += W)
         for (int64_t j = 0; j < lanes; j += W) {
-            const int64_t count = lanes - j < W ? lanes - j : W;
             Vec v[W];
-            for (int64_t i = 0; i < W; ++i) {
-                const int64_t at = row + i < rows ? row + i : rows - 1;
-                v[i] = Vec{};
-                __builtin_memcpy(&v[i], query + at * stride + j * kPair, count * sizeof(float));
-            }
+            for (int64_t i = 0; i < W; ++i)
+                v[i] = lanes_of(query + (row + i < rows ? row + i : rows - 1) * stride, j, lanes - j);
             transpose(v);
-            for (int64_t i = 0; i < count; ++i) store(panel + (j + i) * width + row, v[i]);
+            for (int64_t i = 0; i < W && j + i < lanes; ++i) store(panel + (j + i) * width + row, v[i]);
         }
 }
 
@@ -127,15 +162,16 @@ BARK_FAST_INLINE void pair_values(const Brain* value, int64_t stride, int64_t co
 }
 #endif
 
-template <int V>
-void attend_panel(const Flash& call, int64_t batch, int64_t head, int64_t first, int64_t rows, float* room) {
+template <class T, int V>
+void attend_panel(const Flash& call, Others key, Others value, int64_t batch, int64_t head, int64_t first, int64_t rows,
+                  float* room) {
     constexpr int64_t width = V * W;
     const int64_t head_dim = call.head_dim, keys = call.keys;
     float* const query = room;
     float* const out = query + head_dim * width;
     float* const scores = out + head_dim * width;
-    pack_queries(rows_at(call.query, batch, head) + first * call.query.row_stride, call.query.row_stride, rows, head_dim,
-                 width, query);
+    pack_queries(rows_at<const T>(call.query, batch, head) + first * call.query.row_stride, call.query.row_stride, rows,
+                 head_dim, width, query);
     const float natural = call.scale * 1.44269504088896341f;  // log2(e)
     const float none = -__builtin_inff();
     Vec most[V], sum[V], seen[V];  // of each query: its largest score, its weights, how many keys it sees
@@ -148,11 +184,9 @@ void attend_panel(const Flash& call, int64_t batch, int64_t head, int64_t first,
     for (int64_t i = 0; i < head_dim * width; i += W) store(out + i, Vec{});
     const int64_t all_see = call.causal ? keys - call.rows + first + 1 : keys;
     const int64_t end = call.causal ? keys - call.rows + first + rows : keys;
-    const Element* const key = rows_at(call.key, batch, head);
-    const Element* const value = rows_at(call.value, batch, head);
     for (int64_t from = 0; from < end; from += kKeys) {
         const int64_t count = end - from < kKeys ? end - from : kKeys;
-        score<V>(query, key + from * call.key.row_stride, call.key.row_stride, count, head_dim / kPair, scores);
+        score<V>(query, key.first + from * key.stride, key.stride, count, head_dim / kPair, scores);
         Vec larger_than[V], shrink[V], offset[V];
         for (int v = 0; v < V; ++v) larger_than[v] = most[v];
         for (int64_t j = 0; j < count; ++j)
@@ -179,56 +213,64 @@ void attend_panel(const Flash& call, int64_t batch, int64_t head, int64_t first,
                 store(scores + (j / 2 * V + v) * W, paired(a, b));
             }
         uint32_t* const pairs = reinterpret_cast<uint32_t*>(scores + kKeys * width);
-        pair_values(value + from * call.value.row_stride, call.value.row_stride, count, head_dim, pairs);
+        pair_values(value.first + from * value.stride, value.stride, count, head_dim, pairs);
         add_values<V>(scores, reinterpret_cast<const Brain*>(pairs), 2 * head_dim, (count + 1) / 2, 0, head_dim, shrink,
                       out);
 #else
         for (int64_t j = 0; j < count; ++j)
             for (int v = 0; v < V; ++v) store(scores + (j * V + v) * W, weigh(j, v));
-        add_values<V>(scores, value + from * call.value.row_stride, call.value.row_stride, count, 0, head_dim, shrink, out);
+        add_values<V>(scores, value.first + from * value.stride, value.stride, count, 0, head_dim, shrink, out);
 #endif
     }
-    Element* const result = static_cast<Element*>(call.out.data) + batch * call.out.batch_stride +
-                            head * call.out.head_stride + first * call.out.row_stride;
+    T* const result = rows_at<T>(call.out, batch, head) + first * call.out.row_stride;
     for (int v = 0; v < V; ++v)
         for (int64_t d = 0; d < head_dim; d += W) {
             const int64_t count = head_dim - d < W ? head_dim - d : W;
             Vec o[W];
             for (int64_t i = 0; i < W; ++i) o[i] = i < count ? load(out + ((d + i) * V + v) * W) / sum[v] : Vec{};
             transpose(o);
-            for (int64_t i = 0; i < W && v * W + i < rows; ++i) {
-                Element some[W];
-                narrow(some, o[i]);
-                __builtin_memcpy(result + (v * W + i) * call.out.row_stride + d, some, count * sizeof(Element));
-            }
+            for (int64_t i = 0; i < W && v * W + i < rows; ++i)
+                store_some(result + (v * W + i) * call.out.row_stride + d, count, o[i]);
         }
 }
 
-template <int V = kPanelVectors>
-BARK_FAST_INLINE void attend_rows(const Flash& call, int64_t batch, int64_t head, int64_t first, int64_t width,
-                                  float* room) {
+template <class T, int V = kPanelVectors>
+BARK_FAST_INLINE void attend_rows(const Flash& call, Others key, Others value, int64_t batch, int64_t head, int64_t first,
+                                  int64_t width, float* room) {
     if (width == V * W) {
         const int64_t rows = call.rows - first < width ? call.rows - first : width;
-        attend_panel<V>(call, batch, head, first, rows, room);
+        attend_panel<T, V>(call, key, value, batch, head, first, rows, room);
     } else if constexpr (V > 1) {
-        attend_rows<V - 1>(call, batch, head, first, width, room);
+        attend_rows<T, V - 1>(call, key, value, batch, head, first, width, room);
     }
 }
 
-void attend(const Flash& call, int64_t batch, int64_t head, int64_t panel, float* room) {
+template <class T>
+void attend(const Flash& call, int64_t batch, int64_t head, int64_t first_panel, int64_t last_panel, float* room) {
     const Panels all(call.rows);
-    attend_rows(call, batch, head, all.first_row(panel), all.first_row(panel + 1) - all.first_row(panel), room);
+    const int64_t last = all.first_row(last_panel), rows = last < call.rows ? last : call.rows;
+    const int64_t seen = call.causal ? call.keys - call.rows + rows : call.keys;
+    float* beyond = room + panel_room(call.head_dim);
+    const Others key =
+        widened(rows_at<const T>(call.key, batch, head), call.key.row_stride, seen, call.head_dim, beyond);
+    const Others value =
+        widened(rows_at<const T>(call.value, batch, head), call.value.row_stride, seen, call.head_dim, beyond);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+        const int64_t row = all.first_row(panel);
+        attend_rows<T>(call, key, value, batch, head, row, all.first_row(panel + 1) - row, room);
+    }
 }
 
 }  // namespace
 
+#define BARK_FAST_FLASH(T) {panels, kTogether<T>, room<T>, attend<T>}
 #if defined(__AVX512BF16__)
-#define BARK_FAST_FLASH flash_kernels_bf16
+extern const FlashKernels flash_kernels_bf16;
+const FlashKernels flash_kernels_bf16 = BARK_FAST_FLASH(Brain);
 #else
-#define BARK_FAST_FLASH flash_kernels_f32
+extern const FlashKernelTable flash_kernels;
+const FlashKernelTable flash_kernels = {BARK_FAST_FLASH(float), BARK_FAST_FLASH(Half), BARK_FAST_FLASH(Brain)};
 #endif
-extern const FlashKernels BARK_FAST_FLASH;
-const FlashKernels BARK_FAST_FLASH = {panels, room, attend};
 
 }  // namespace BARK_FAST_ISA
 }  // namespace bark_fast

@@ -13,7 +13,7 @@ namespace bark_fast {
 namespace cpu {
 namespace {
 
-const PerIsa<GemmKernels> kTables = {
+const PerIsa<GemmKernelTable> kTables = {
     &isa_portable::gemm_kernels,
 #ifdef BARK_FAST_X86
     &isa_avx2::gemm_kernels,
@@ -66,31 +66,25 @@ private:
 
 void gemm(const Linear& whole, int threads) {
     if (whole.rows == 0) return;
-    const GemmKernels& kernels = kTables.chosen();
+    const GemmKernels& kernels = kTables.chosen()[static_cast<int>(whole.dtype)];
+    const int64_t bytes = size_of(whole.dtype);
     const int64_t size = kernels.packed_size(std::min(whole.rows, kMostPacked), std::max<int64_t>(whole.k, 1));
     const std::unique_ptr<float, Free> packed(
         static_cast<float*>(std::aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64)));
     if (!packed) throw std::bad_alloc();
-    threads = useful_threads(threads, whole.rows / kMostLinearRows * whole.n * whole.k * sizeof(float));
+    threads = useful_threads(threads, whole.rows / kMostLinearRows * whole.n * whole.k * bytes);
     for (int64_t row = 0; row < whole.rows; row += kMostPacked) {
         Linear call = whole;
         call.rows = std::min(whole.rows - row, kMostPacked);
-        call.x = static_cast<const float*>(whole.x) + row * whole.x_stride;
-        call.out = static_cast<float*>(whole.out) + row * whole.out_stride;
-        if (whole.residual) call.residual = static_cast<const float*>(whole.residual) + row * whole.residual_stride;
+        call.x = static_cast<const char*>(whole.x) + row * whole.x_stride * bytes;
+        call.out = static_cast<char*>(whole.out) + row * whole.out_stride * bytes;
+        if (whole.residual)
+            call.residual = static_cast<const char*>(whole.residual) + row * whole.residual_stride * bytes;
         const PackStage pack(call, kernels, packed.get());
         const MultiplyStage multiply(call, kernels, packed.get());
         const Stage* stages[] = {&pack, &multiply};
         run_stages(stages, 2, threads);
     }
-}
-
-bool gemm_pays() {
-#ifdef BARK_FAST_X86
-    return chosen_isa() >= kAvx512 && !cpu_is_intels();
-#else
-    return false;
-#endif
 }
 
 }  // namespace cpu

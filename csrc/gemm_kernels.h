@@ -21,10 +21,12 @@ struct GemmKernels {
                      int64_t last);
 };
 
-namespace isa_portable { extern const GemmKernels gemm_kernels; }
+using GemmKernelTable = GemmKernels[3];  // [f32, f16, bf16]
+
+namespace isa_portable { extern const GemmKernelTable gemm_kernels; }
 #ifdef BARK_FAST_X86
-namespace isa_avx2 { extern const GemmKernels gemm_kernels; }
-namespace isa_avx512 { extern const GemmKernels gemm_kernels; }
+namespace isa_avx2 { extern const GemmKernelTable gemm_kernels; }
+namespace isa_avx512 { extern const GemmKernelTable gemm_kernels; }
 #endif
 
 }  // namespace bark_fast

@@ -1,8 +1,9 @@
-// Linear layers of many rows in fp32, compiled once per instruction set: define BARK_FAST_ISA and include.
+// Linear layers of many rows, compiled once per instruction set: define BARK_FAST_ISA and include.
 //
-// Arithmetic decides: the sums of six outputs and a panel of rows stay in registers. Weights are read where they lie,
-// each element once for a group of panels; rows are put into panels first, normalised on the way, and bias, GELU and
-// residual are applied while the sums are in the cache. A sum's order depends on k alone.
+// Arithmetic decides: the sums of six outputs and a panel of rows stay in registers. All of it is fp32: weights of that
+// are read where they lie, others are widened, a piece of six lines once for a group of panels. Rows are put into panels
+// first, normalised on the way, and bias, GELU and residual are applied while the sums are in the cache. A sum's order
+// depends on k alone.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -31,26 +32,19 @@ int64_t panels(int64_t rows) { return Panels(rows).count; }
 
 int64_t packed_size(int64_t rows, int64_t k) { return Panels(rows).vectors * W * k; }
 
-// The first `count` of W columns, zeros after them.
-BARK_FAST_INLINE Vec load_some(const float* p, int64_t count) {
-    if (count >= W) return load(p);
-    float some[W] = {};
-    __builtin_memcpy(some, p, count * sizeof(float));
-    return load(some);
-}
-
+template <class T>
 void pack(const Linear& call, int64_t panel, float* packed) {
     const Panels all(call.rows);
     const int64_t k = call.k, first = all.first_row(panel), width = all.first_row(panel + 1) - first;
-    const float* gain = static_cast<const float*>(call.norm_weight);
-    const float* shift = static_cast<const float*>(call.norm_bias);
+    const T* gain = static_cast<const T*>(call.norm_weight);
+    const T* shift = static_cast<const T*>(call.norm_bias);
     packed += first * k;
     for (int64_t lane = 0; lane < width; lane += W) {
-        const float* x[W];
+        const T* x[W];
         Norm norms[W];
         for (int i = 0; i < W; ++i) {
             const int64_t row = first + lane + i;  // beyond the last one its copies are multiplied, and dropped
-            x[i] = static_cast<const float*>(call.x) + (row < call.rows ? row : call.rows - 1) * call.x_stride;
+            x[i] = static_cast<const T*>(call.x) + (row < call.rows ? row : call.rows - 1) * call.x_stride;
             if (gain) norms[i] = norm_of(x[i], k);
         }
         for (int64_t j = 0; j < k; j += W) {
@@ -69,20 +63,18 @@ void pack(const Linear& call, int64_t panel, float* packed) {
     }
 }
 
+// sums (O, V) = or += those of `steps` steps.
 template <int O, int V>
-void tile(const float* panel, const float* weight, int64_t stride, int64_t k, float* sums) {
-    for (int64_t from = 0; from == 0 || from < k; from += kChunk) {
-        const float* lines = weight + from;
-        const auto factor = [&](int o, int64_t step)
-                                __attribute__((always_inline)) { return splat(lines[o * stride + step]); };
-        Vec chunk[O * V];
-        multiply_tile<O, V>(panel + from * V * W, k - from < kChunk ? k - from : kChunk, factor, fma, chunk);
+void tile(const float* panel, const float* lines, int64_t stride, int64_t steps, bool first, float* sums) {
+    const auto factor = [&](int o, int64_t step)
+                            __attribute__((always_inline)) { return splat(lines[o * stride + step]); };
+    Vec chunk[O * V];
+    multiply_tile<O, V>(panel, steps, factor, fma, chunk);
 #pragma GCC unroll 32
-        for (int i = 0; i < O * V; ++i) store(sums + i * W, from ? load(sums + i * W) + chunk[i] : chunk[i]);
-    }
+    for (int i = 0; i < O * V; ++i) store(sums + i * W, first ? chunk[i] : load(sums + i * W) + chunk[i]);
 }
 
-using Tile = void (*)(const float*, const float*, int64_t, int64_t, float*);
+using Tile = void (*)(const float*, const float*, int64_t, int64_t, bool, float*);
 
 template <int V = kPanelVectors, int O = kTileOutputs>
 BARK_FAST_INLINE Tile tile_for(int64_t vectors, int64_t outputs) {
@@ -93,60 +85,80 @@ BARK_FAST_INLINE Tile tile_for(int64_t vectors, int64_t outputs) {
     return nullptr;
 }
 
-// sums (outputs, width) -> out of `rows` rows: bias, GELU, residual.
+// sums (outputs, width) -> out of `rows` rows: bias, GELU, residual and the one rounding.
+template <class T>
 BARK_FAST_INLINE void finish(const Linear& call, const float* sums, int64_t width, int64_t row, int64_t rows,
                              int64_t first, int64_t outputs) {
-    const float* bias = static_cast<const float*>(call.bias);
-    const float* residual = static_cast<const float*>(call.residual);
-    float* out = static_cast<float*>(call.out);
+    const T* bias = static_cast<const T*>(call.bias);
+    const T* residual = static_cast<const T*>(call.residual);
+    T* out = static_cast<T*>(call.out);
     for (int64_t lane = 0; lane < rows; lane += W)
         for (int64_t o = 0; o < outputs; o += W) {
             const int64_t count = outputs - o < W ? outputs - o : W, lanes = rows - lane < W ? rows - lane : W;
+            const Vec shift = bias ? load_some(bias + first + o, count) : Vec{};
             Vec v[W];
             for (int64_t i = 0; i < W; ++i) {
-                v[i] = i < count ? load(sums + (o + i) * width + lane) : Vec{};
-                if (bias && i < count) v[i] += bias[first + o + i];
+                v[i] = i < count ? load(sums + (o + i) * width + lane) + shift[i] : Vec{};
                 if (call.gelu) v[i] = gelu(v[i]);
             }
             transpose(v);
             for (int64_t i = 0; i < lanes; ++i) {
                 const int64_t at = row + lane + i;
-                float* to = out + at * call.out_stride + first + o;
                 if (residual) v[i] += load_some(residual + at * call.residual_stride + first + o, count);
-                if (count == W)
-                    store(to, v[i]);
-                else
-                    __builtin_memcpy(to, &v[i], count * sizeof(float));
+                store_some(out + at * call.out_stride + first + o, count, v[i]);
             }
         }
 }
 
+// Weights as fp32, a piece of some lines.
+struct Lines {
+    const float* first;
+    int64_t stride;
+};
+
+BARK_FAST_INLINE Lines widened(const float* lines, int64_t stride, int64_t, int64_t, float*) { return {lines, stride}; }
+
+template <class T>
+BARK_FAST_INLINE Lines widened(const T* lines, int64_t stride, int64_t count, int64_t steps, float* room) {
+    for (int64_t o = 0; o < count; ++o)
+        for (int64_t step = 0; step < steps; step += W)
+            store(room + o * kChunk + step, load_some(lines + o * stride + step, steps - step));
+    return {room, kChunk};
+}
+
+template <class T>
 void multiply(const Linear& call, const float* packed, int64_t first_panel, int64_t last_panel, int64_t first,
               int64_t last) {
     alignas(64) float sums[kGemmRows * kGemmOutputs];  // (panel, output, row of the panel)
+    alignas(64) float room[kTileOutputs * kChunk];
     const Panels all(call.rows);
     const int64_t start = all.first_row(first_panel), outputs = last - first;
     const auto sums_of = [&](int64_t row) __attribute__((always_inline)) { return sums + (row - start) * outputs; };
     for (int64_t o = 0; o < outputs; o += kTileOutputs) {
         const int64_t count = outputs - o < kTileOutputs ? outputs - o : kTileOutputs;
-        const float* weight = static_cast<const float*>(call.weight) + (first + o) * call.weight_stride;
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            const int64_t row = all.first_row(panel), width = all.first_row(panel + 1) - row;
-            tile_for(width / W, count)(packed + row * call.k, weight, call.weight_stride, call.k,
-                                       sums_of(row) + o * width);
+        const T* weight = static_cast<const T*>(call.weight) + (first + o) * call.weight_stride;
+        for (int64_t from = 0; from == 0 || from < call.k; from += kChunk) {
+            const int64_t steps = call.k - from < kChunk ? call.k - from : kChunk;
+            const Lines lines = widened(weight + from, call.weight_stride, count, steps, room);
+            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+                const int64_t row = all.first_row(panel), width = all.first_row(panel + 1) - row;
+                tile_for(width / W, count)(packed + row * call.k + from * width, lines.first, lines.stride, steps,
+                                           from == 0, sums_of(row) + o * width);
+            }
         }
     }
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t row = all.first_row(panel), width = all.first_row(panel + 1) - row;
         const int64_t rows = call.rows - row < width ? call.rows - row : width;
-        finish(call, sums_of(row), width, row, rows, first, outputs);
+        finish<T>(call, sums_of(row), width, row, rows, first, outputs);
     }
 }
 
 }  // namespace
 
-extern const GemmKernels gemm_kernels;
-const GemmKernels gemm_kernels = {panels, kTogether, packed_size, pack, multiply};
+#define BARK_FAST_GEMM(T) {panels, kTogether, packed_size, pack<T>, multiply<T>}
+extern const GemmKernelTable gemm_kernels;
+const GemmKernelTable gemm_kernels = {BARK_FAST_GEMM(float), BARK_FAST_GEMM(Half), BARK_FAST_GEMM(Brain)};
 
 }  // namespace BARK_FAST_ISA
 }  // namespace bark_fast

@@ -14,16 +14,12 @@ namespace {
 void linear(py::handle x_, py::handle norm_weight, py::handle norm_bias, py::handle weight, py::handle bias,
             py::handle residual, py::handle out, bool gelu, int threads) {
     const TensorView x = any_rows(x_);
-    const bool many = x.shape[0] > kMostLinearRows;
-    if (many && x.dtype != DType::f32)
-        reject("x has " + std::to_string(x.shape[0]) + " rows of " + name_of(x.dtype) + "; at most " +
-               std::to_string(kMostLinearRows) + ", or float32");
     Linear call = call_of(x, norm_weight, norm_bias, weight, "weight", bias);
     call.gelu = gelu;
     if (!residual.is_none()) add(call, matrix(residual, "residual", call.dtype, call.rows, call.n));
     write_to(call, out_rows(out, call.dtype, call.rows, call.n));
     py::gil_scoped_release release;
-    if (many)
+    if (call.rows > kMostLinearRows)
         cpu::gemm(call, threads);
     else
         cpu::linear_chain(&call, 1, threads);
@@ -54,7 +50,6 @@ void mlp(py::handle x_, py::handle norm_weight, py::handle norm_bias, py::handle
 void bind_linear(py::module_& module) {
     using namespace bark_fast;
     module.attr("linear_rows") = kMostLinearRows;
-    module.def("gemm_pays", &cpu::gemm_pays, "Whether `linear` is faster than torch for more float32 rows than that.");
     module.def("linear", &linear, py::arg("x"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("weight"),
                py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("gelu"), py::arg("threads"));
     module.def("mlp", &mlp, py::arg("x"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("fc_weight"),

@@ -6,11 +6,6 @@
 
 namespace bark_fast {
 
-inline void check_floating(const TensorView& t) {
-    if (t.dtype == DType::i32 || t.dtype == DType::i64)
-        reject(std::string(t.name) + " is " + name_of(t.dtype) + "; expected float32, float16 or bfloat16");
-}
-
 // (rows, columns) of the call's dtype on the CPU; -1 takes any number.
 inline TensorView matrix(pybind11::handle object, const char* name, DType dtype, int64_t rows, int64_t columns) {
     const TensorView t = tensor_view(object, name);

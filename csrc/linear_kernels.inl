@@ -171,24 +171,11 @@ BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int
         call.residual ? static_cast<const T*>(call.residual) + row * call.residual_stride + first : nullptr;
     T* out = static_cast<T*>(call.out) + row * call.out_stride + first;
     for (int64_t i = 0; i < count; i += W) {
-        const int64_t left = count - i < W ? count - i : W;
-        const auto read = [&](const T* p) __attribute__((always_inline)) {
-            if (left == W) return widen(p);
-            T some[W] = {};
-            __builtin_memcpy(some, p, left * sizeof(T));
-            return widen(some);
-        };
         Vec v = load(y + i);
-        if (bias) v += read(bias + i);
+        if (bias) v += load_some(bias + i, count - i);
         if (call.gelu) v = gelu(v);
-        if (residual) v += read(residual + i);
-        if (left == W) {
-            narrow(out + i, v);
-        } else {
-            T some[W];
-            narrow(some, v);
-            __builtin_memcpy(out + i, some, left * sizeof(T));
-        }
+        if (residual) v += load_some(residual + i, count - i);
+        store_some(out + i, count - i, v);
     }
 }
 

@@ -9,8 +9,7 @@ namespace bark_fast {
 // Pages of one layer: (num_pages, n_head, page_size, head_dim), contiguous, a floating dtype.
 inline PageShape check_pages(const TensorView& t) {
     check_shape(t, {-1, -1, -1, -1});
-    if (t.dtype == DType::i32 || t.dtype == DType::i64)
-        reject(std::string(t.name) + " is " + name_of(t.dtype) + "; expected float32, float16 or bfloat16");
+    check_floating(t);
     check_packed(t, 0);
     check_aligned(t);
     check_fits(t, 0, INT32_MAX);

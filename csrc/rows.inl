@@ -25,6 +25,23 @@ BARK_FAST_INLINE void narrow(Brain* p, Vec v) {
     *reinterpret_cast<LooseShorts*>(p) = __builtin_convertvector(round_brain(v) >> 16, Shorts);
 }
 
+// The first `count` of W elements, zeros after them; and these alone.
+template <class T>
+BARK_FAST_INLINE Vec load_some(const T* p, int64_t count) {
+    if (count >= W) return widen(p);
+    T some[W] = {};
+    __builtin_memcpy(some, p, count * sizeof(T));
+    return widen(some);
+}
+
+template <class T>
+BARK_FAST_INLINE void store_some(T* p, int64_t count, Vec v) {
+    if (count >= W) return narrow(p, v);
+    T some[W];
+    narrow(some, v);
+    __builtin_memcpy(p, some, count * sizeof(T));
+}
+
 // x Phi(x), 1 - Phi(a) = exp(-a^2/2) P(1 / (1 + 0.325 a)) for a >= 0; P fitted to 1.6e-9. Rounding included, the error
 // stays below 1.5e-7 max(1, |x|).
 BARK_FAST_INLINE Vec gelu(Vec x) {

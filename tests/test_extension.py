@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bark_fast import extension
+from bark_fast import backend_report, extension
 from bark_fast.backend_report import backends
 from bark_fast.ops import paged_kv
 
@@ -32,12 +33,15 @@ def extension_backend():
 
 @pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
 def test_it_says_what_it_computes_on_this_cpu(monkeypatch):
-    for pays, words in (
-        (True, "takes decode steps, prompts and fine windows"),
-        (False, "fine windows are torch's"),
+    ours, named = (torch.float32, torch.float16), "in float32 and float16 prompts and fine windows too"
+    for dtypes, words in (
+        (ours, f"decode steps, {named}; the rest is torch's"),
+        ((), "decode steps; the rest"),
     ):
-        monkeypatch.setattr(extension.load(), "gemm_pays", lambda pays=pays: pays)
-        assert words in extension_backend().reason and extension.load().isa() in extension_backend().reason
+        monkeypatch.setattr(
+            backend_report, "multiplies_faster", lambda module, dtype, dtypes=dtypes: dtype in dtypes
+        )
+        assert f"{extension.load().isa()} takes {words}" in extension_backend().reason
 
 
 @pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
@@ -49,6 +53,21 @@ def test_what_was_built_is_reported():
     assert extension_backend().active
     assert info["compiler"] in extension_backend().reason
     assert ("without CUDA: " + info["no_cuda"] if info["no_cuda"] else "sm_90") in extension_backend().reason
+
+
+@pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
+def test_one_from_other_sources_is_not_used(forgetful, monkeypatch):
+    monkeypatch.delattr(extension.load(), "flash")
+    extension._attempt.cache_clear()
+    assert extension.load() is None and "it has no flash" in extension.why_not()
+    assert not extension_backend().active and "build it again" in extension_backend().reason
+
+
+def test_all_of_its_names_are_asked_for():
+    stub = ast.parse((Path(extension.__file__).parent / "_C.pyi").read_text(encoding="utf-8"))
+    names = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    assert set(extension.NAMES) == names - {"BuildInfo"}  # which only the checker of types sees
 
 
 def test_the_reason_for_its_absence_is_reported(forgetful, monkeypatch, tmp_path):
@@ -94,7 +113,7 @@ def test_a_cuda_part_that_cannot_run_on_a_gpu_is_not_used_there(monkeypatch):
     module = SimpleNamespace(
         cuda_fault=lambda gpu: "no kernel image" if gpu == 1 else "",
         build_info=lambda: {"compiler": "g++", "isas": ["portable"], "cuda_archs": ["sm_90"]},
-        gemm_pays=lambda: True,
+        cpu_is_intels=lambda: True,
         isa=lambda: "avx2",
     )
     monkeypatch.setattr(extension, "_attempt", lambda: (module, ""))

@@ -2,11 +2,13 @@
 
 Triton is the flash algorithm of Dao (2023), products and softmax in float32 whatever the dtype; torch is
 `scaled_dot_product_attention`, whose backends choose their own. On the CPU the extension has the same
-algorithm, for calls without a mask, where it is faster than torch (`_C.flash_pays`); in bfloat16 it rounds
-softmax's weights to bfloat16, as torch does. None has a gradient here: results are not connected to inputs.
+algorithm, for calls without a mask, where it is faster than torch; where the CPU multiplies bfloat16, it rounds
+softmax's weights to that, as torch does. None has a gradient here: results are not connected to inputs.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,7 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
-from bark_fast.ops.dispatch import HEAD_DIMS, all_plain, define, is_eager, preferred, uses_triton
+from bark_fast.ops.dispatch import (
+    HEAD_DIMS,
+    all_plain,
+    define,
+    is_eager,
+    multiplies_faster,
+    preferred,
+    uses_triton,
+)
 
 FEWEST_ROWS = 8
 """Queries from which on the extension is faster than torch: below, most of its vectors' lanes have none."""
@@ -169,13 +179,20 @@ def _by_extension(
     if query.shape[2] < FEWEST_ROWS or query.shape[3] not in HEAD_DIMS or not key.shape[2]:
         return None
     module = extension.load()
-    if module is None or not hasattr(module, "flash") or not all_plain(query.dtype, (query, key, value)):
+    if module is None or not _attends_faster(module, query.dtype):
         return None
-    if not module.flash_pays(query) or (out is not None and out.stride(3) != 1):
+    if not all_plain(query.dtype, (query, key, value)) or (out is not None and out.stride(3) != 1):
         return None
     out = _merged_heads(query) if out is None else out
     module.flash(query, key, value, out, causal, scale, torch.get_num_threads())
     return out
+
+
+def _attends_faster(module: ModuleType, dtype: torch.dtype) -> bool:
+    """Whether the extension does here. In bfloat16 torch multiplies widened numbers on CPUs without AMX."""
+    if dtype == torch.bfloat16 and module.isa() == "avx512bf16":
+        return not module.cpu_is_intels()
+    return multiplies_faster(module, dtype)
 
 
 def _check_triton(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

@@ -118,7 +118,7 @@ class PhiloxNoise:
 
     def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
         module = extension.load() if self.device.type == "cpu" and preferred() == "auto" else None
-        if module is not None and hasattr(module, "philox_uniform"):
+        if module is not None:
             uniform = torch.empty(rows, width, dtype=torch.float32, device=self.device)
             module.philox_uniform(self.seed, stream, chunk, first_step, uniform)
             return uniform.log_().neg_()

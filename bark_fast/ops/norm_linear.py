@@ -9,15 +9,15 @@ TF32 for fp32; cuBLAS obeys `torch.backends.cuda.matmul.allow_tf32`, which is of
 
 On the CPU the compiled extension takes up to `COMPILED_ROWS` rows (`dispatch.prefer("torch")` keeps it out):
 weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither
-on the rows beside it nor on their number nor on the threads. More rows it takes in fp32 where that is faster
-than torch (`_C.gemm_pays`); again a row's bits do not depend on the others. No operation has a gradient there.
+on the rows beside it nor on their number nor on the threads. More rows it takes where it multiplies faster than
+torch (`dispatch.multiplies_faster`); again a row's bits do not depend on the others. No operation has a
+gradient there.
 
 Errors: `InvalidInput` where dtypes or sizes do not fit together.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -26,7 +26,14 @@ from torch import Tensor
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
-from bark_fast.ops.dispatch import all_plain, define, is_eager, preferred, uses_triton
+from bark_fast.ops.dispatch import (
+    all_plain,
+    define,
+    is_eager,
+    multiplies_faster,
+    preferred,
+    uses_triton,
+)
 
 Scratch = tuple[Tensor, Tensor]
 """Partial sums (fp32) and counters (int32, zero between calls), from `linear_scratch`."""
@@ -163,19 +170,12 @@ def rows_of(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-@cache
-def compiled() -> ModuleType | None:
-    """The extension, if it has linear layers."""
-    module = extension.load()
-    return module if hasattr(module, "gemm_pays") else None
-
-
 def extension_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     """The extension where it takes this call, else None: on the CPU, one dtype, adjacent columns."""
     if not x.is_cpu or preferred() != "auto" or not x.numel():
         return None
-    module = compiled()
-    if module is None or not (has_few_rows(x) or (x.dtype == torch.float32 and module.gemm_pays())):
+    module = extension.load()
+    if module is None or not (has_few_rows(x) or multiplies_faster(module, x.dtype)):
         return None
     return module if all_plain(x.dtype, others) else None
 

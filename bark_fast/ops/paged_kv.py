@@ -56,7 +56,7 @@ def compiled(gpu: int | None) -> ModuleType | None:
     A GPU or driver that its CUDA part was not made for is no error: it is just not used there.
     """
     module = extension.load()
-    if module is None or not hasattr(module, "cuda_fault") or (gpu is not None and module.cuda_fault(gpu)):
+    if module is None or (gpu is not None and module.cuda_fault(gpu)):
         return None
     return module
 

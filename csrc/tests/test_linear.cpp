@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -125,6 +126,75 @@ void check_flash(int64_t rows, int64_t keys, int64_t head_dim, bool causal, int 
         }
 }
 
+// As bf16, and what these are.
+std::vector<uint16_t> rounded(std::vector<float>& values) {
+    std::vector<uint16_t> bits(values.size());
+    for (size_t i = 0; i < values.size(); ++i) {
+        uint32_t x;
+        std::memcpy(&x, &values[i], sizeof x);
+        bits[i] = static_cast<uint16_t>(x >> 16);
+        x &= 0xffff0000u;
+        std::memcpy(&values[i], &x, sizeof x);
+    }
+    return bits;
+}
+
+std::vector<float> widened(const std::vector<uint16_t>& bits) {
+    std::vector<float> values(bits.size());
+    for (size_t i = 0; i < bits.size(); ++i) {
+        const uint32_t x = static_cast<uint32_t>(bits[i]) << 16;
+        std::memcpy(&values[i], &x, sizeof x);
+    }
+    return values;
+}
+
+// In bf16 the same as in fp32, but for the last rounding.
+void check_brain(int64_t rows, int64_t n, int64_t k, int threads) {
+    auto x = draw(rows * k), norm = draw(k), weight = draw(n * k), bias = draw(n), residual = draw(rows * n);
+    const auto x_ = rounded(x), norm_ = rounded(norm), weight_ = rounded(weight), bias_ = rounded(bias),
+               residual_ = rounded(residual);
+    std::vector<float> exact(rows * n);
+    std::vector<uint16_t> out(rows * n);
+    Linear call{};
+    call.x_stride = call.weight_stride = call.k = k;
+    call.out_stride = call.residual_stride = call.n = n;
+    call.rows = rows;
+    const auto run = [&](DType dtype, const auto& x, const auto& norm, const auto& weight, const auto& bias,
+                         const auto& residual, auto& out) {
+        call.dtype = dtype;
+        call.x = x.data();
+        call.norm_weight = norm.data();
+        call.weight = weight.data();
+        call.bias = bias.data();
+        call.residual = residual.data();
+        call.out = out.data();
+        cpu::gemm(call, threads);
+    };
+    run(DType::f32, x, norm, weight, bias, residual, exact);
+    run(DType::bf16, x_, norm_, weight_, bias_, residual_, out);
+    const auto got = widened(out);
+    for (int64_t i = 0; i < rows * n; ++i)
+        expect(std::fabs(got[i] - exact[i]) <= 5e-3 * (0.01 + std::fabs(exact[i])), "product in bf16");
+}
+
+void check_brain_flash(int64_t rows, int64_t keys, int64_t head_dim, bool causal, int threads) {
+    auto query = draw(rows * head_dim), key = draw(keys * head_dim), value = draw(keys * head_dim);
+    const auto query_ = rounded(query), key_ = rounded(key), value_ = rounded(value);
+    std::vector<float> exact(rows * head_dim);
+    std::vector<uint16_t> out(rows * head_dim);
+    const auto run = [&](DType dtype, const auto& query, const auto& key, const auto& value, auto& out) {
+        const auto read = [&](const auto& data) { return HeadRows<const void*>{data.data(), 0, 0, head_dim}; };
+        cpu::flash({dtype, read(query), read(key), read(value), {out.data(), 0, 0, head_dim}, 1, 1, rows, keys, head_dim,
+                    0.3f, causal},
+                   threads);
+    };
+    run(DType::f32, query, key, value, exact);
+    run(DType::bf16, query_, key_, value_, out);
+    const auto got = widened(out);
+    for (int64_t i = 0; i < rows * head_dim; ++i)  // softmax's weights may be rounded as well
+        expect(std::fabs(got[i] - exact[i]) <= 0.03, "attention in bf16");
+}
+
 }  // namespace
 
 int main() {
@@ -135,11 +205,16 @@ int main() {
                 check(rows, n, k, threads);
     for (const int threads : {1, 5}) {
         for (const int64_t rows : {17, 31, 65, 130})
-            for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {53, 300}})
+            for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {53, 300}}) {
                 check(rows, n, k, threads);
+                check_brain(rows, n, k, threads);
+            }
         for (const auto& [rows, keys] : {std::pair<int64_t, int64_t>{1, 1}, {5, 48}, {17, 49}, {40, 97}})
             for (const int64_t head_dim : {2, 12, 64})
-                for (const bool causal : {false, true}) check_flash(rows, keys, head_dim, causal, threads);
+                for (const bool causal : {false, true}) {
+                    check_flash(rows, keys, head_dim, causal, threads);
+                    check_brain_flash(rows, keys, head_dim, causal, threads);
+                }
     }
     std::puts("linear layers and attention agree");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from bark_fast.ops import attention as ops
 from bark_fast.ops.dispatch import prefer
 
 C = extension.load()
-FLOOR = {torch.float32: 3e-7, torch.bfloat16: 2e-3}
+FLOOR = {torch.float32: 3e-7, torch.float16: 3e-4, torch.bfloat16: 2e-3}
 """About a rounding of the output, for where torch happens to be exact."""
 SHAPES = [(1, 1), (1, 97), (15, 16), (16, 48), (17, 49), (33, 33), (47, 96), (64, 64), (65, 150), (130, 131)]
 """(rows, keys), around vectors, panels and blocks of 48 keys."""
@@ -22,12 +23,9 @@ SHAPES = [(1, 1), (1, 97), (15, 16), (16, 48), (17, 49), (33, 33), (47, 96), (64
 pytestmark = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def dtype(request: pytest.FixtureRequest, isa: str) -> torch.dtype:
-    """What this instruction set multiplies."""
+@pytest.fixture(params=list(FLOOR), ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     chosen: torch.dtype = request.param
-    if chosen == torch.bfloat16 and isa != "avx512bf16":
-        pytest.skip(f"{isa} has no bfloat16 products")
     return chosen
 
 
@@ -103,7 +101,7 @@ def test_other_head_sizes(isa: str, dtype: torch.dtype, head_dim: int) -> None:
 
 
 def test_the_tolerance_bites() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in FLOOR:
         query, key, value = packed(1, 97, 2, 64, dtype)
         query = query[:, :, 60:]
         limit, expected = bound(query, key, value, True), truth(query, key, value, True)
@@ -169,7 +167,7 @@ def test_the_operation_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -
     query, key, value = packed(2, 40, 3, 64, torch.float32)
     mask = torch.ones(2, 40, dtype=torch.bool)
     for pays in (True, False):
-        monkeypatch.setattr(C, "flash_pays", lambda tensor, pays=pays: pays)
+        monkeypatch.setattr(ops, "_attends_faster", lambda module, asked, pays=pays: pays)
         got = ops.attention(query, key, value, True)
         expected = run(query, key, value, True) if pays else ops.reference(query, key, value, True)
         assert torch.equal(got, expected)
@@ -199,6 +197,23 @@ def test_the_operation_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -
         )
 
 
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2"])
+def test_where_it_attends_faster(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+    """Where it multiplies faster, and in bfloat16 where the CPU does and is not Intel's."""
+    for intels in (False, True):
+        module: Any = SimpleNamespace(isa=lambda: isa, cpu_is_intels=lambda intels=intels: intels)
+        for multiplies in (False, True):
+            monkeypatch.setattr(ops, "multiplies_faster", lambda module, dtype, answer=multiplies: answer)
+            for dtype in FLOOR:
+                native = isa == "avx512bf16" and dtype == torch.bfloat16
+                assert ops._attends_faster(module, dtype) == (not intels if native else multiplies)
+
+
+def test_dtypes_that_it_has_not_stay_with_torch() -> None:
+    query, key, value = packed(1, 40, 3, 64, torch.float64)
+    assert torch.equal(ops.attention(query, key, value, True), ops.reference(query, key, value, True))
+
+
 def test_prompts_of_the_engine_go_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     from bark_fast.ops.paged_prefill import paged_prefill
 
@@ -207,7 +222,7 @@ def test_prompts_of_the_engine_go_this_way(monkeypatch: pytest.MonkeyPatch) -> N
     qkv = torch.randn(rows, 3 * heads * head_dim, generator=random)
     calls: list[int] = []
     flash = C.flash
-    monkeypatch.setattr(C, "flash_pays", lambda tensor: True)
+    monkeypatch.setattr(ops, "_attends_faster", lambda module, dtype: True)
     monkeypatch.setattr(C, "flash", lambda *arguments: (calls.append(1), flash(*arguments)))
     results = []
     for backend in ("auto", "torch"):
@@ -223,8 +238,11 @@ def test_prompts_of_the_engine_go_this_way(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "dtype": ({"query": torch.zeros(1, 2, 4, 8).half()}, "query is float16; expected float32"),
-    "integers": ({"query": torch.zeros(1, 2, 4, 8, dtype=torch.int64)}, "query is int64; expected float32"),
+    "dtype": ({"query": torch.zeros(1, 2, 4, 8).half()}, "key is float32; expected float16"),
+    "integers": (
+        {"query": torch.zeros(1, 2, 4, 8, dtype=torch.int64)},
+        "query is int64; expected float32, float16",
+    ),
     "dimensions": ({"query": torch.zeros(2, 4, 8)}, r"query has shape \(2, 4, 8\)"),
     "key's dtype": ({"key": torch.zeros(1, 2, 6, 8).bfloat16()}, "key is bfloat16; expected float32"),
     "heads": ({"key": torch.zeros(1, 1, 6, 8)}, r"key has shape \(1, 1, 6, 8\)"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from linear_cases import MUTATIONS, case, error
+from linear_cases import MUTATIONS, Case, case, error
 from linear_cases import by_extension as run
 from torch import Tensor
 
 from bark_fast import extension
-from bark_fast.ops import mlp, norm_linear
+from bark_fast.ops import dispatch, mlp, norm_linear
 from bark_fast.ops.decode_layers import LayerWeights, PagedRows, decode_layers
 from bark_fast.ops.dispatch import prefer
 
@@ -19,24 +21,45 @@ C = extension.load()
 SIZES = [(1, 1), (3, 31), (6, 128), (7, 129), (48, 64), (49, 257), (130, 96)]
 """Outputs and inputs: single elements, odd ends of vectors, tiles, ranges and chunks."""
 
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
 pytestmark = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
 
 
 @pytest.mark.parametrize("rows", [17, 31, 32, 33, 48, 49, 63, 64, 65, 80, 127, 128, 129, 193, 257])
 def test_numbers_of_rows(isa: str, rows: int) -> None:
     for n, k in SIZES:
-        c = case(rows, n, k)
-        assert error(run(c), c.expected()) <= c.bound(), (n, k)
+        wide = case(
+            rows, n + 64, k
+        )  # of which torch's error is the bound: a few outputs may all happen to be exact
+        c = outputs_of(wide, n)
+        got = run(c)
+        assert error(got, c.expected()) <= wide.bound(), (n, k)
+        for dtype in DTYPES[1:]:
+            wide = wide.to(dtype)
+            c = outputs_of(wide, n)
+            assert error(run(c), c.expected()) <= wide.bound(), (n, k, dtype)
+            c = replace(c, norm=None)  # its sums are in another order
+            # what is multiplied and summed between the operands and the result is fp32
+            assert torch.equal(run(c), run(c.to(torch.float32)).to(dtype)), (n, k, dtype)
 
 
-def test_more_rows_than_are_packed_at_a_time(isa: str) -> None:
-    c = case(1024 + 1024 + 17, 9, 40)
+def outputs_of(c: Case, n: int) -> Case:
+    """The first n outputs alone."""
+    assert c.bias is not None and c.residual is not None
+    return replace(c, weight=c.weight[:n], bias=c.bias[:n], residual=c.residual[:, :n])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_are_packed_at_a_time(isa: str, dtype: torch.dtype) -> None:
+    c = case(1024 + 1024 + 17, 9, 40, dtype)
     assert error(run(c), c.expected()) <= c.bound()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [768, 3072])
-def test_no_less_exact_than_torch_at_barks_widths(isa: str, k: int) -> None:
-    c = case(64, 96, k, gelu=False)
+def test_no_less_exact_than_torch_at_barks_widths(isa: str, k: int, dtype: torch.dtype) -> None:
+    c = case(64, 96, k, dtype, gelu=False)
     assert error(run(c), c.expected()) <= 1.25 * error(c.by_torch(), c.expected())
 
 
@@ -57,8 +80,11 @@ def test_the_tolerance_bites(name: str) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(37, 100), (96, 768), (41, 1337)])
-def test_a_row_is_the_same_to_the_bit_whoever_runs_beside_it(isa: str, n: int, k: int) -> None:
-    c = case(150, n, k)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_to_the_bit_whoever_runs_beside_it(
+    isa: str, n: int, k: int, dtype: torch.dtype
+) -> None:
+    c = case(150, n, k, dtype)
     assert c.residual is not None and c.bias is not None
     whole = run(c, 2)
     for rows in (17, 32, 40, 64, 100, 149):
@@ -102,22 +128,23 @@ def test_nan_and_infinity_stay_in_their_row_and_column(isa: str) -> None:
         assert not got[:, 20].isfinite().any() and got[:, :20].isfinite().all()
 
 
-def test_nothing_beyond_the_operands_is_used(isa: str) -> None:
-    c = case(50, 21, 35)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beyond_the_operands_is_used(isa: str, dtype: torch.dtype) -> None:
+    c = case(50, 21, 35, dtype)
     assert torch.equal(run(c.among_nan()), run(c))
 
 
-def test_operations_take_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operations_take_it_where_it_pays(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     rows = norm_linear.COMPILED_ROWS + 1
-    c = case(rows, 40, 24, gelu=False)
+    c = case(rows, 40, 24, dtype, gelu=False)
     assert c.norm is not None and c.residual is not None
     normed, added = replace(c, residual=None), replace(c, norm=None)
     back = c.weight.T.contiguous()
     mlp_of = {True: c.x[:, :24], False: c.x[:, :24].repeat(2, 1)[:rows].view(1, rows, 24)}
     for pays in (True, False):
-        monkeypatch.setattr(C, "gemm_pays", lambda pays=pays: pays)
+        monkeypatch.setattr(norm_linear, "multiplies_faster", lambda module, asked, pays=pays: pays)
         assert (norm_linear.extension_for(c.x, c.weight) is not None) == pays
-        assert norm_linear.extension_for(c.x.half(), c.weight.half()) is None
         for wanted, call in (
             (normed, lambda: norm_linear.norm_linear(c.x, *c.norm, c.weight, c.bias)),  # type: ignore[misc]
             (added, lambda: norm_linear.linear_residual(c.x, c.weight, c.residual, c.bias)),
@@ -135,9 +162,42 @@ def test_operations_take_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(got.reshape(rows, 24), run(proj) if pays else proj.by_torch())
 
 
+@pytest.mark.parametrize(
+    ("isa", "intels", "of_torch", "ours"),
+    [
+        ("avx2", False, (), DTYPES),
+        ("avx2", True, (), DTYPES[1:]),
+        ("avx512", True, (torch.bfloat16,), [torch.float16]),
+        ("avx512bf16", False, (torch.bfloat16,), [torch.float32, torch.float16]),
+        ("avx512bf16", True, (torch.bfloat16, torch.float16), []),
+        ("portable", False, (), []),
+    ],
+)
+def test_where_it_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch, isa: str, intels: bool, of_torch: tuple[torch.dtype, ...], ours: list[Any]
+) -> None:
+    monkeypatch.setattr(dispatch, "torch_multiplies", lambda dtype: dtype in of_torch)
+    module: Any = SimpleNamespace(isa=lambda: isa, cpu_is_intels=lambda: intels)
+    assert [dtype for dtype in DTYPES if dispatch.multiplies_faster(module, dtype)] == ours
+
+
+def test_torch_is_asked_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = dispatch.torch_multiplies.__wrapped__
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        for answer in (True, False):
+            asked = SimpleNamespace(**{f"_is_mkldnn_{name}_supported": lambda answer=answer: answer})
+            monkeypatch.setattr(torch.ops, "mkldnn", asked)
+            assert ask(dtype) is answer
+        monkeypatch.setattr(
+            torch.ops, "mkldnn", SimpleNamespace()
+        )  # a torch that cannot be asked is left alone
+        assert ask(dtype)
+    assert ask(torch.float64)
+
+
 def test_layers_of_many_sequences_go_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """`_C.decode_layers` has few rows only; with more, the operations run, and may take `gemm` each."""
-    monkeypatch.setattr(C, "gemm_pays", lambda: True)
+    monkeypatch.setattr(norm_linear, "multiplies_faster", lambda module, dtype: True)
     rows, width = 17, 64
     random = torch.Generator().manual_seed(0)
 
