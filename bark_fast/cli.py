@@ -67,6 +67,7 @@ def cli() -> None:
     help="Audio file: .wav, .flac, .ogg or .mp3.",
 )
 @click.option("-m", "--model", help=f"Checkpoint folder or hub id.  [default: {DEFAULT_MODEL}]")
+@click.option("--revision", help="Branch, tag or commit of the hub id.")
 @click.option("-v", "--voice", help="Preset name (v2/en_speaker_6) or .npz file.")
 @click.option("--seed", type=int, help="Same seed, same speech.  [default: a fresh one]")
 @click.option(
@@ -116,7 +117,7 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
         load_voice(voice, VoiceLibrary())
     check_seeds(options["seed"], 1)
     check_max_seconds(options["max_seconds"])
-    loading = {name: options.pop(name) for name in ("device", "dtype", "dialect")}
+    loading = {name: options.pop(name) for name in ("device", "dtype", "dialect", "revision")}
     generating = _generate_options(options)
     bark, load_seconds = _load(model, loading, quiet)
     started = time.perf_counter()
@@ -204,7 +205,7 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
     try:
         bark = Bark.from_pretrained(model or DEFAULT_MODEL, **options)
     except HubUnreachable as error:
-        if model is not None:
+        if model is not None or options["revision"] is not None:
             raise
         folder = _noise_checkpoint(quiet)
         click.echo(

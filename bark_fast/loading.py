@@ -35,6 +35,7 @@ def load_models(
     devices: Mapping[str, str | int | torch.device] | None,
     offload: bool,
     progress: bool,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Load the models named in `devices` there, the others on `device`; all on the host to be offloaded."""
     named = dict(devices or {})
@@ -51,7 +52,7 @@ def load_models(
         where = torch.device("cpu") if offload else pick_device(named[model]) if model in named else device
         places.setdefault(where, []).append(model)
     parts = [
-        load_checkpoint(source, device=where, dtype=dtype, models=models, progress=progress)
+        load_checkpoint(source, device=where, dtype=dtype, models=models, progress=progress, revision=revision)
         for where, models in places.items()
     ]
     return replace(

@@ -100,6 +100,7 @@ class Bark:
         offload: bool = False,
         replicas: int | Sequence[str | torch.device] | None = None,
         progress: bool = False,
+        revision: str | None = None,
     ) -> Bark:
         """Load a checkpoint: a folder of suno's or Hugging Face's files, "suno" (suno's cache), or a hub id.
 
@@ -115,6 +116,7 @@ class Bark:
         replicas: devices of one kind that each hold the whole model, as ["cuda:0", "cuda:1"], or the number of
         GPUs to take. Each advances `max_batch` utterances within `max_memory`, in a thread of its own; a text
         goes where the fewest are under way, and says the same everywhere. Weights are read once.
+        revision: of a hub id, a branch, tag or commit; its voices are those of the same commit.
         Raises CheckpointError when files are missing or damaged, InvalidInput for an option out of range.
         """
         if dialect is not None and dialect not in DIALECTS:
@@ -125,7 +127,7 @@ class Bark:
             raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
         places = [] if replicas is None else pick_replicas(replicas)
         where = places[0] if places else pick_device(device)
-        checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress)
+        checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress, revision)
         return cls(checkpoint, where, dialect, max_batch, max_memory, offload, places)
 
     @overload

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -53,7 +54,7 @@ class VoiceLibrary:
     Hugging Face Hub; `folder`, with the same index or with `<name>.npz` in it, in its prompts/ or
     assets/prompts/; `hub_id`, a repository on the Hub, from which the three arrays of a voice are downloaded
     when it is asked for, of the commit that `folder` is a snapshot of; the prompts of an installed suno bark,
-    which stand in where the hub cannot be reached.
+    which stand in where the hub cannot be reached, with a warning.
     """
 
     def __init__(
@@ -118,9 +119,14 @@ class VoiceLibrary:
                 if files := _entry(index, _read_index(index), name):
                     arrays = {key: _read_npy(self._download(files[key])) for key in KEYS}
                     return check_voice(arrays, name, self.layout)
-            except _NotDownloaded:
+            except _NotDownloaded as error:
                 if stand_in is None:
                     raise
+                warnings.warn(
+                    f"{error}. Meanwhile the voice of that name in suno's installed package speaks",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         if stand_in is not None:
             return _read_npz(stand_in / f"{name}.npz", name, self.layout)
         close = difflib.get_close_matches(name, self.names(), n=3)

@@ -23,7 +23,7 @@ typedef Bits LooseBits __attribute__((aligned(2)));
 BARK_FAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 BARK_FAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 BARK_FAST_INLINE Bits load_bits(const void* p) { return *reinterpret_cast<const LooseBits*>(p); }
-BARK_FAST_INLINE Vec splat(float x) {  // not Vec{} + x, which would have to make 0 of -0
+BARK_FAST_INLINE Vec splat(float x) {  // not Vec{} + x: as it makes 0 of -0, it must add
 #if defined(__AVX512F__)
     return (Vec)_mm512_set1_ps(x);
 #elif defined(__AVX2__)

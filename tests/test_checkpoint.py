@@ -26,6 +26,7 @@ from bark_fast.checkpoint.hf_generation import layout_of, stage_defaults
 from bark_fast.checkpoint.suno import model_files
 from bark_fast.config import BarkConfig, CodecConfig, FineConfig, GPTConfig, Layout, published_config
 from bark_fast.errors import CheckpointError, HubUnreachable, InvalidInput
+from bark_fast.pipeline import Bark
 from bark_fast.random_checkpoint import write_checkpoint
 from bark_fast.sampling import SamplingParams, suno_defaults
 
@@ -773,7 +774,11 @@ def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_ask
     names += ["speaker_embeddings/x.npy", "speaker_embeddings_path.json"]
 
     def download(
-        repo: str, allow_patterns: list[str], local_files_only: bool = False, tqdm_class: Any = None
+        repo: str,
+        revision: str | None,
+        allow_patterns: list[str],
+        local_files_only: bool = False,
+        tqdm_class: Any = None,
     ) -> str:
         if local_files_only:
             raise FileNotFoundError
@@ -782,7 +787,7 @@ def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_ask
         return "/somewhere"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(hub, "_file_names", lambda repo: names)
+    monkeypatch.setattr(hub, "_file_names", lambda repo, revision: names)
     assert hub.fetch_repo("suno/bark") == Path("/somewhere")
     assert wanted == ["config.json", "pytorch_model.bin", "vocab.txt", "speaker_embeddings_path.json"]
     names.append("model.safetensors")
@@ -792,6 +797,34 @@ def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_ask
     assert shown is None  # the hub's own bar
     assert list(silent(range(3), name="huggingface_hub.snapshot_download")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_a_revision_is_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    asked: list[tuple[str, str | None]] = []
+
+    class Api:
+        def model_info(self, repo: str, revision: str | None, timeout: int) -> Any:
+            asked.append(("list", revision))
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename="model.safetensors")])
+
+    def download(repo: str, revision: str | None, local_files_only: bool = False, **_: Any) -> str:
+        asked.append(("cache" if local_files_only else "hub", revision))
+        if local_files_only:
+            raise FileNotFoundError
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(HubUnreachable, match="revision 'v1' of suno/bark"):
+        Bark.from_pretrained("suno/bark", revision="v1")
+    assert asked == [("cache", "v1"), ("list", "v1"), ("hub", "v1")]
+
+
+def test_a_folder_has_no_revision(tiny_hf_dir: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"revision is 'v1', but .* is a local folder"):
+        Bark.from_pretrained(tiny_hf_dir, revision="v1")
 
 
 # --- memory ----------------------------------------------------------------------------------------------

@@ -67,19 +67,22 @@ def _translate(error: Exception, what: str) -> CheckpointError:
     )
 
 
-def _file_names(repo: str) -> list[str]:
+def _file_names(repo: str, revision: str | None = None) -> list[str]:
     """Files of hub model `repo`, in one request: the client's downloads retry for half a minute."""
     from huggingface_hub import HfApi
 
-    return [sibling.rfilename for sibling in HfApi().model_info(repo, timeout=15).siblings or []]
+    info = HfApi().model_info(repo, revision=revision, timeout=15)
+    return [sibling.rfilename for sibling in info.siblings or []]
 
 
-def _cached_snapshot(repo: str) -> Path | None:
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """The hub cache's folder of `repo`, when everything needed is in it."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=["config.json"], local_files_only=True))
+        folder = Path(
+            snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True)
+        )
     except Exception:  # not cached, or not even the configuration
         return None
     return folder if is_complete(folder) else None
@@ -96,22 +99,26 @@ def _bar(shown: bool) -> Any:
     return None if shown else Silent
 
 
-def fetch_repo(repo: str, progress: bool = False) -> Path:
+def fetch_repo(repo: str, progress: bool = False, revision: str | None = None) -> Path:
     """The local folder of hub model `repo`: cached, else downloaded; safetensors where there are any.
+
+    revision: a branch, tag or commit; None for the main branch.
 
     Never fetches suno's own .pt files nor the speaker embeddings that lie in the same repository.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        if folder := _cached_snapshot(repo):
+        if folder := _cached_snapshot(repo, revision):
             return folder
-        names = _file_names(repo)
+        names = _file_names(repo, revision)
         safe = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
         patterns = [*_SMALL_FILES, *(_SAFETENSORS if safe else _BIN)]
-        return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_bar(progress)))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_bar(progress))
+        )
     except Exception as error:  # the hub's client raises its HTTP library's own errors too
-        raise _translate(error, repo) from None
+        raise _translate(error, repo if revision is None else f"revision {revision!r} of {repo}") from None
 
 
 def fetch_vocabulary() -> Path:

@@ -50,8 +50,23 @@ class Checkpoint:
     speaker_embeddings: Path | None
 
 
-def find_folder(source: str | Path, progress: bool = False) -> Path:
-    """The local folder that `source` names; a hub id is downloaded unless cached. Raises CheckpointError."""
+def find_folder(source: str | Path, progress: bool = False, revision: str | None = None) -> Path:
+    """The local folder that `source` names; a hub id is downloaded unless cached.
+
+    revision: of a hub id, else InvalidInput. Raises CheckpointError.
+    """
+    folder = _local_folder(source)
+    if folder is None:
+        return hub.fetch_repo(str(source), progress, revision)
+    if revision is not None:
+        raise InvalidInput(
+            f"revision is {revision!r}, but {folder} is a local folder; leave it out, or name a hub id"
+        )
+    return folder
+
+
+def _local_folder(source: str | Path) -> Path | None:
+    """None for a hub id."""
     if source == "suno" and isinstance(source, str):
         folder = cache_folder()
         if not folder.is_dir():
@@ -67,7 +82,7 @@ def find_folder(source: str | Path, progress: bool = False) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{str(source)[:200]!r} names no checkpoint ({reason}); {_REMEDY}") from None
     if isinstance(source, str) and hub.is_hub_id(source):
-        return hub.fetch_repo(source, progress)
+        return None
     raise CheckpointError(f"{path} does not exist; {_REMEDY}")
 
 
@@ -114,13 +129,14 @@ def load_checkpoint(
     dtype: torch.dtype,
     progress: bool = False,
     models: Collection[ModelName] = ALL_MODELS,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Load the checkpoint `source`: a folder in suno's or Hugging Face's format, "suno" for suno's own cache
     folder, or a hub id.
 
     Weights go from memory-mapped files straight to `device` in `dtype` (the codec stays in float32), so host
     memory holds little more than the result. `models` limits which weights are loaded; the configuration is
-    complete either way. `progress` shows bars of downloads and loading on stderr. Raises CheckpointError for a
+    complete either way. `revision` is a hub id's branch, tag or commit. `progress` shows bars of downloads and loading on stderr. Raises CheckpointError for a
     checkpoint that is missing, damaged, not finite or not Bark's (HubUnreachable when the hub cannot be asked),
     InvalidInput for a dtype or model name that makes no sense.
     """
@@ -130,7 +146,7 @@ def load_checkpoint(
         raise InvalidInput(
             f"models has {', '.join(sorted(map(repr, unknown)))}; choose from {', '.join(ALL_MODELS)}"
         )
-    opened = open_folder(find_folder(source, progress), progress)
+    opened = open_folder(find_folder(source, progress, revision), progress)
     hf = opened.format == "hf"
     weights: dict[ModelName, dict[str, torch.Tensor]] = {}
     with _progress(_bytes_to_read(opened, models), progress) as report:
