@@ -108,21 +108,24 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
         w[o] = lines[o];
         fetch[o] = ahead ? ahead[o] : nullptr;
     }
-    const auto multiply = [&](int64_t j, auto read) __attribute__((always_inline)) {
-        Vec a[O], b[O];
+    const auto multiply = [&](int64_t j, auto line) __attribute__((always_inline)) {
+        const auto half = [&](auto which) __attribute__((always_inline)) {
+            Vec weights[O];
 #pragma GCC unroll 4
-        for (int o = 0; o < O; ++o) read(w[o] + j, a[o], b[o]);
+            for (int o = 0; o < O; ++o) {
+                weights[o] = half_step(line(o), which);
+                if (R > 1) weights[o] = in_register(weights[o]);
+            }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const float* p = x + j * R + r * kStep;
-            const Vec columns_a = load(p), columns_b = load(p + W);
+            for (int r = 0; r < R; ++r) {
+                const Vec columns = in_register(load(x + j * R + r * kStep + which.value * W));
 #pragma GCC unroll 4
-            for (int o = 0; o < O; ++o) sums[r * O + o] = fma(a[o], columns_a, sums[r * O + o]);
-#pragma GCC unroll 4
-            for (int o = 0; o < O; ++o) sums[r * O + o] = fma(b[o], columns_b, sums[r * O + o]);
-        }
+                for (int o = 0; o < O; ++o) sums[r * O + o] = fma(weights[o], columns, sums[r * O + o]);
+            }
+        };
+        half(Part<0>());
+        half(Part<1>());
     };
-    const auto whole_step = [](const T* p, Vec& a, Vec& b) __attribute__((always_inline)) { load2(p, a, b); };
     const int64_t whole = columns / kStep * kStep;
     const auto fetching = [&](auto level) __attribute__((always_inline)) {
         for (int64_t j = 0; j < whole; j += kStep) {
@@ -134,7 +137,7 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
                     for (int64_t line = 0; line < kBytes; line += 64)
                         __builtin_prefetch(fetch[o] + at + line, 0, level.value);
             }
-            multiply(j, whole_step);
+            multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
         }
     };
     if (ahead && fetch_near) {
@@ -142,11 +145,13 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
     } else if (ahead) {
         fetching(Level<2>());
     } else {
-        for (int64_t j = 0; j < whole; j += kStep) multiply(j, whole_step);
+        for (int64_t j = 0; j < whole; j += kStep) multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
     }
-    if (whole < columns)
-        multiply(whole, [&](const T* p, Vec& a, Vec& b)
-                            __attribute__((always_inline)) { load2_some(p, columns - whole, a, b); });
+    if (whole < columns) {
+        T ends[O][kStep] = {};
+        for (int o = 0; o < O; ++o) __builtin_memcpy(ends[o], w[o] + whole, (columns - whole) * sizeof(T));
+        multiply(whole, [&](int o) __attribute__((always_inline)) { return ends[o]; });
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < R * O; ++i) totals[i] = first ? sums[i] : totals[i] + sums[i];
 }

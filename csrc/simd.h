@@ -33,6 +33,16 @@ BARK_FAST_INLINE Vec splat(float x) {  // not Vec{} + x: as it makes 0 of -0, it
 #endif
 }
 
+// The same, for what several instructions take: GCC may load it anew for each of them otherwise.
+BARK_FAST_INLINE Vec in_register(Vec v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__x86_64__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 BARK_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -72,17 +82,6 @@ struct Brain {
     uint16_t bits;
 };
 
-BARK_FAST_INLINE void load2(const float* p, Vec& a, Vec& b) {
-    a = load(p);
-    b = load(p + W);
-}
-
-BARK_FAST_INLINE void load2(const Brain* p, Vec& a, Vec& b) {
-    const Bits x = load_bits(p);
-    a = (Vec)(x << 16);
-    b = (Vec)(x & 0xffff0000u);
-}
-
 BARK_FAST_INLINE Vec widen_half(const Half* p) {
 #if defined(__AVX512F__)
     return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -98,9 +97,29 @@ BARK_FAST_INLINE Vec widen_half(const Half* p) {
 #endif
 }
 
-BARK_FAST_INLINE void load2(const Half* p, Vec& a, Vec& b) {
-    a = widen_half(p);
-    b = widen_half(p + W);
+template <int N>
+struct Part {
+    static constexpr int value = N;
+};
+
+// One of 2W elements' two vectors.
+template <int N>
+BARK_FAST_INLINE Vec half_step(const float* p, Part<N>) {
+    return load(p + N * W);
+}
+template <int N>
+BARK_FAST_INLINE Vec half_step(const Half* p, Part<N>) {
+    return widen_half(p + N * W);
+}
+template <int N>
+BARK_FAST_INLINE Vec half_step(const Brain* p, Part<N>) {
+    return (Vec)(N ? load_bits(p) & 0xffff0000u : load_bits(p) << 16);
+}
+
+template <class T>
+BARK_FAST_INLINE void load2(const T* p, Vec& a, Vec& b) {
+    a = half_step(p, Part<0>());
+    b = half_step(p, Part<1>());
 }
 
 BARK_FAST_INLINE void store2(float* p, Vec a, Vec b) {

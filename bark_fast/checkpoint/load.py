@@ -136,9 +136,10 @@ def load_checkpoint(
 
     Weights go from memory-mapped files straight to `device` in `dtype` (the codec stays in float32), so host
     memory holds little more than the result. `models` limits which weights are loaded; the configuration is
-    complete either way. `revision` is a hub id's branch, tag or commit. `progress` shows bars of downloads and loading on stderr. Raises CheckpointError for a
-    checkpoint that is missing, damaged, not finite or not Bark's (HubUnreachable when the hub cannot be asked),
-    InvalidInput for a dtype or model name that makes no sense.
+    complete either way. `revision` is a hub id's branch, tag or commit. `progress` shows bars of downloads and
+    loading on stderr. Raises CheckpointError for a checkpoint that is missing, damaged, not finite or not
+    Bark's (HubUnreachable when the hub cannot be asked), InvalidInput for a dtype or model name that makes no
+    sense, or the revision of a folder.
     """
     if not dtype.is_floating_point:
         raise InvalidInput(f"dtype is {dtype}; choose torch.float32, torch.bfloat16 or torch.float16")
