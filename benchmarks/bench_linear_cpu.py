@@ -33,8 +33,7 @@ from bark_fast.ops.norm_linear import linear_residual, norm_linear
 SIZES = {"small": (12, 12, 768), "large": (24, 16, 1024)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT, HEAD_ROWS = 300, 10_001
-TARGETS = {"float32": {1: 1.15, 2: 1.15, 4: 1.15, 8: 1.15}, "bfloat16": {1: 1.25, 2: 1.25, 4: 1.25, 8: 1.25}}
-TARGETS["float16"] = TARGETS["bfloat16"]
+TARGETS = {name: dict.fromkeys((1, 2, 4, 8), 1.15 if name == "float32" else 1.25) for name in DTYPES}
 """Largest ratio to a read of the same bytes that is wanted."""
 
 

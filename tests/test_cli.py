@@ -126,9 +126,8 @@ class TestSay:
 
     def test_a_hub_id_that_cannot_be_fetched_is_an_error(self, run):
         assert_one_line_error(run("say", "Hello.", "--model", "suno/bark", "-q"), "suno/bark")
-        assert_one_line_error(
-            run("say", "Hello.", "--revision", "v1", "-q"), "revision 'v1'"
-        )  # no noise either
+        # nor does noise stand in for a revision
+        assert_one_line_error(run("say", "Hello.", "--revision", "v1", "-q"), "revision 'v1'")
         assert not list(run.folder.iterdir())
 
 

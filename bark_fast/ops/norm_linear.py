@@ -26,14 +26,7 @@ from torch import Tensor
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.ops import reference
-from bark_fast.ops.dispatch import (
-    all_plain,
-    define,
-    is_eager,
-    multiplies_faster,
-    preferred,
-    uses_triton,
-)
+from bark_fast.ops.dispatch import all_plain, define, is_eager, multiplies_faster, preferred, uses_triton
 
 Scratch = tuple[Tensor, Tensor]
 """Partial sums (fp32) and counters (int32, zero between calls), from `linear_scratch`."""

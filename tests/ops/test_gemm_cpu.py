@@ -189,10 +189,8 @@ def test_torch_is_asked_what_it_multiplies(monkeypatch: pytest.MonkeyPatch) -> N
             asked = SimpleNamespace(**{f"_is_mkldnn_{name}_supported": lambda answer=answer: answer})
             monkeypatch.setattr(torch.ops, "mkldnn", asked)
             assert ask(dtype) is answer
-        monkeypatch.setattr(
-            torch.ops, "mkldnn", SimpleNamespace()
-        )  # a torch that cannot be asked is left alone
-        assert ask(dtype)
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+        assert ask(dtype)  # a torch that cannot be asked is left alone
     assert ask(torch.float64)
 
 
