@@ -73,22 +73,15 @@ BARK_FAST_INLINE T* rows_at(const HeadRows<Data>& all, int64_t batch, int64_t he
     return static_cast<T*>(all.data) + batch * all.batch_stride + head * all.head_stride;
 }
 
-// Keys or values of one head as they are multiplied.
-struct Others {
-    const Element* first;
-    int64_t stride;
-};
-
-BARK_FAST_INLINE Others widened(const Element* rows, int64_t stride, int64_t, int64_t, float*&) { return {rows, stride}; }
-
+// The first `count` keys or values of one head.
 template <class T>
-BARK_FAST_INLINE Others widened(const T* rows, int64_t stride, int64_t count, int64_t head_dim, float*& room) {
-    const Others others = {room, head_dim};
-    for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < head_dim; d += W)  // the last vector may reach into the next row, which comes after it
-            store(room + i * head_dim + d, load_some(rows + i * stride + d, head_dim - d));
-    room += count * head_dim + W;
-    return others;
+BARK_FAST_INLINE Lines<Element> lines_of(const HeadRows<const void*>& all, int64_t batch, int64_t head, int64_t count,
+                                         int64_t head_dim, float* room) {
+    const T* const rows = rows_at<const T>(all, batch, head);
+    if constexpr (kTogether<T> == 1)
+        return {rows, all.row_stride};
+    else
+        return widened(rows, all.row_stride, count, head_dim, room, head_dim);
 }
 
 // scores (key, query) of `count` keys.
@@ -163,8 +156,8 @@ BARK_FAST_INLINE void pair_values(const Brain* value, int64_t stride, int64_t co
 #endif
 
 template <class T, int V>
-void attend_panel(const Flash& call, Others key, Others value, int64_t batch, int64_t head, int64_t first, int64_t rows,
-                  float* room) {
+void attend_panel(const Flash& call, Lines<Element> key, Lines<Element> value, int64_t batch, int64_t head,
+                  int64_t first, int64_t rows, float* room) {
     constexpr int64_t width = V * W;
     const int64_t head_dim = call.head_dim, keys = call.keys;
     float* const query = room;
@@ -235,8 +228,8 @@ void attend_panel(const Flash& call, Others key, Others value, int64_t batch, in
 }
 
 template <class T, int V = kPanelVectors>
-BARK_FAST_INLINE void attend_rows(const Flash& call, Others key, Others value, int64_t batch, int64_t head, int64_t first,
-                                  int64_t width, float* room) {
+BARK_FAST_INLINE void attend_rows(const Flash& call, Lines<Element> key, Lines<Element> value, int64_t batch,
+                                  int64_t head, int64_t first, int64_t width, float* room) {
     if (width == V * W) {
         const int64_t rows = call.rows - first < width ? call.rows - first : width;
         attend_panel<T, V>(call, key, value, batch, head, first, rows, room);
@@ -250,11 +243,10 @@ void attend(const Flash& call, int64_t batch, int64_t head, int64_t first_panel,
     const Panels all(call.rows);
     const int64_t last = all.first_row(last_panel), rows = last < call.rows ? last : call.rows;
     const int64_t seen = call.causal ? call.keys - call.rows + rows : call.keys;
-    float* beyond = room + panel_room(call.head_dim);
-    const Others key =
-        widened(rows_at<const T>(call.key, batch, head), call.key.row_stride, seen, call.head_dim, beyond);
-    const Others value =
-        widened(rows_at<const T>(call.value, batch, head), call.value.row_stride, seen, call.head_dim, beyond);
+    float* const wide = room + panel_room(call.head_dim);
+    const auto key = lines_of<T>(call.key, batch, head, seen, call.head_dim, wide);
+    const auto value =
+        lines_of<T>(call.value, batch, head, seen, call.head_dim, wide + call.keys * call.head_dim + W);
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
         const int64_t row = all.first_row(panel);
         attend_rows<T>(call, key, value, batch, head, row, all.first_row(panel + 1) - row, room);

@@ -110,22 +110,6 @@ BARK_FAST_INLINE void finish(const Linear& call, const float* sums, int64_t widt
         }
 }
 
-// Weights as fp32, a piece of some lines.
-struct Lines {
-    const float* first;
-    int64_t stride;
-};
-
-BARK_FAST_INLINE Lines widened(const float* lines, int64_t stride, int64_t, int64_t, float*) { return {lines, stride}; }
-
-template <class T>
-BARK_FAST_INLINE Lines widened(const T* lines, int64_t stride, int64_t count, int64_t steps, float* room) {
-    for (int64_t o = 0; o < count; ++o)
-        for (int64_t step = 0; step < steps; step += W)
-            store(room + o * kChunk + step, load_some(lines + o * stride + step, steps - step));
-    return {room, kChunk};
-}
-
 template <class T>
 void multiply(const Linear& call, const float* packed, int64_t first_panel, int64_t last_panel, int64_t first,
               int64_t last) {
@@ -139,7 +123,7 @@ void multiply(const Linear& call, const float* packed, int64_t first_panel, int6
         const T* weight = static_cast<const T*>(call.weight) + (first + o) * call.weight_stride;
         for (int64_t from = 0; from == 0 || from < call.k; from += kChunk) {
             const int64_t steps = call.k - from < kChunk ? call.k - from : kChunk;
-            const Lines lines = widened(weight + from, call.weight_stride, count, steps, room);
+            const Lines<float> lines = widened(weight + from, call.weight_stride, count, steps, room, kChunk);
             for (int64_t panel = first_panel; panel < last_panel; ++panel) {
                 const int64_t row = all.first_row(panel), width = all.first_row(panel + 1) - row;
                 tile_for(width / W, count)(packed + row * call.k + from * width, lines.first, lines.stride, steps,

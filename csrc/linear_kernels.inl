@@ -126,6 +126,9 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
         half(Part<0>());
         half(Part<1>());
     };
+    const auto step = [&](int64_t j) __attribute__((always_inline)) {
+        multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
+    };
     const int64_t whole = columns / kStep * kStep;
     const auto fetching = [&](auto level) __attribute__((always_inline)) {
         for (int64_t j = 0; j < whole; j += kStep) {
@@ -137,7 +140,7 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
                     for (int64_t line = 0; line < kBytes; line += 64)
                         __builtin_prefetch(fetch[o] + at + line, 0, level.value);
             }
-            multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
+            step(j);
         }
     };
     if (ahead && fetch_near) {
@@ -145,7 +148,7 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
     } else if (ahead) {
         fetching(Level<2>());
     } else {
-        for (int64_t j = 0; j < whole; j += kStep) multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
+        for (int64_t j = 0; j < whole; j += kStep) step(j);
     }
     if (whole < columns) {
         T ends[O][kStep] = {};
