@@ -17,16 +17,19 @@ _DTYPES = {
 
 
 def pick_device(device: str | int | torch.device) -> torch.device:
-    """The device to run on. "auto" is a CUDA GPU when there is one, else the CPU; a number counts GPUs."""
+    """The device to run on. "auto" is a CUDA GPU when there is one, else the CPU; a number counts GPUs.
+
+    "cuda" is the current GPU, by its number: which one is current depends on the thread that asks.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"device {device!r} cannot be used ({reason}); try 'cpu' or 'auto'") from None
-    return chosen
+    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
 
 def pick_replicas(replicas: int | Sequence[str | torch.device]) -> list[torch.device]:
@@ -41,17 +44,12 @@ def pick_replicas(replicas: int | Sequence[str | torch.device]) -> list[torch.de
         replicas = [f"cuda:{index}" for index in range(replicas)]
     if isinstance(replicas, (bool, str, bytes)) or not isinstance(replicas, Sequence) or not replicas:
         raise InvalidInput(f"replicas is {replicas!r}; give a list of at least one device, or a number of GPUs")
-    places = [_numbered(pick_device(one)) for one in replicas]
+    places = [pick_device(one) for one in replicas]
     if len(kinds := sorted({place.type for place in places})) > 1:
         raise InvalidInput(
             f"replicas are on {' and '.join(kinds)}; name devices of one kind, on which a text says the same"
         )
     return places
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """ "cuda" with the number of the GPU it stands for."""
-    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bark_fast import Bark, SamplingParams
+from bark_fast.engine.burst import Buffers
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Scheduler, Utterance
 from bark_fast.engine.sequence import common_prefix
@@ -433,3 +434,6 @@ def test_torchs_defaults_leave_loading_alone(suno_bark, in_quiet, ambience, tiny
 def test_torchs_defaults_leave_bursts_alone(bursts_in_quiet, ambience, suno_bark):
     for request, expected in bursts_in_quiet:
         assert spoken_alone(suno_bark.runner, request, BurstingRunner) == expected, request.rng
+    buffers = Buffers(2, suno_bark.runner.pools["coarse"])
+    assert buffers.noise(8).dtype == buffers.numbers.dtype == torch.float32
+    assert buffers.noise(8).device.type == "cpu"

@@ -8,6 +8,7 @@ import torch
 
 from bark_fast import Bark, InvalidInput
 from bark_fast.config import published_config
+from bark_fast.device import pick_device
 from bark_fast.engine.memory import Offloader, cache_pages, context_bytes, pages_of_context, storage_bytes
 from bark_fast.engine.scheduler import Limits, Scheduler
 from bark_fast.modules.codec import Codec
@@ -113,6 +114,16 @@ class TestPlacement:
     def test_bad_places_are_named(self, tiny_suno_dir, options, message):
         with pytest.raises(InvalidInput, match=message):
             Bark.from_pretrained(tiny_suno_dir, device="cpu", **options)
+
+    def test_the_current_gpu_is_meant_by_its_number(self, monkeypatch):
+        """In another thread, such as a worker's, another one is the current one."""
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+        for named in ("cuda", "auto", torch.device("cuda")):
+            assert pick_device(named) == torch.device("cuda:1")
+        assert pick_device("cuda:0") == torch.device("cuda:0")
+        assert pick_device("cpu") == torch.device("cpu")
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("model", ["semantic", "coarse", "fine", "codec"])

@@ -95,7 +95,7 @@ class Buffers:
         """Noise from the host (rows, BURST, window): that of step i at place i % BURST."""
         if window not in self._noise:
             shape = (len(self.order), BURST, window)
-            self._noise[window] = torch.ones(shape, device=self.order.device)
+            self._noise[window] = torch.ones(shape, dtype=torch.float32, device=self.order.device)
         return self._noise[window]
 
 

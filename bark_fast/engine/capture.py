@@ -14,35 +14,39 @@ ONE_CAPTURE = Lock()
 class GraphMemory:
     """Memory of graphs that never run at the same time, and the stream that all of them are captured on.
 
-    torch keeps free memory by stream, and its own stream for captures is on one device, the first.
+    torch keeps free memory by stream, and its own stream for captures is on one device, the first. It deals out
+    streams in turns, 32 of each priority: one of another priority is no runner's, whose launches from another
+    thread would be recorded and not carried out.
+
+    failed: whether a capture did. None is tried after it, since torch's allocator may take one that CUDA broke
+    off as still under way.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
-        self.side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.side = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self.failed = False
 
     def capture(self, step: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
         """A graph of `step`, and the bytes it took. The device must be the current one.
 
-        The step runs twice before, so that what is allocated or compiled once is not captured. Raises
+        The step runs twice before, so that what is allocated or compiled once is not captured: on the current
+        stream, so that the room cuBLAS has for each stream is made in the capture, and is the graphs'. Raises
         RuntimeError where CUDA cannot capture; the current stream is then what it was.
         """
         stream = torch.cuda.current_stream(self.device)
+        step()
+        step()
         torch.cuda.empty_cache()  # as torch does before a capture: it would be missing from what the graph took
         held = torch.cuda.memory_reserved(self.device)
-        self.side.wait_stream(stream)
-        with torch.cuda.stream(self.side):
-            step()
-            step()
-        stream.wait_stream(self.side)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads, at work on other devices, are free to allocate meanwhile
             with ONE_CAPTURE, torch.cuda.graph(graph, self.pool, self.side, "thread_local"):
                 step()
         except RuntimeError:
+            self.failed = True
             torch.cuda.set_stream(stream)  # torch leaves the capture's the current one if ending it fails
-            stream.wait_stream(self.side)
             raise
         return graph, torch.cuda.memory_reserved(self.device) - held

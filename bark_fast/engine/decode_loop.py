@@ -19,7 +19,7 @@ from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
 from bark_fast.engine.transfers import overwrite
 from bark_fast.modules.gpt import GPT
-from bark_fast.ops.decode_state import STEP, DecodeState, advance
+from bark_fast.ops.decode_state import STEP, DecodeState, advance, find_slots
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
@@ -41,7 +41,6 @@ class DecodeLoop:
         self, model: str, gpt: GPT, pool: KVPool, memory: GraphMemory | None, given: bool = False
     ) -> None:
         self.model, self.gpt, self.pool, self.given, self.memory = model, gpt, pool, given, memory
-        self.capture = memory is not None
         self.buffers: dict[int, Buffers] = {}
         self.shape: Shape | None = None
         self.graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
@@ -95,7 +94,7 @@ class DecodeLoop:
             steps = 1
         if not self._fits(rows, steps):
             return None
-        rows, tables = self._extend(rows, steps)
+        rows, tables, _ = self._extend(rows, steps)
         rules = [row.sequence.work.rule for row in rows]
         bucket = 1 << (len(rows) - 1).bit_length()
         packed = pack_rules(rules + rules[:1] * (bucket - len(rows)))
@@ -127,8 +126,11 @@ class DecodeLoop:
         steps = min(BURST, max(row.left for row in rows))
         if not steps or not self._fits(rows, steps):
             return None
-        rows, tables = self._extend(rows, steps)
-        overwrite(self._buffers().state.block_tables[: len(rows)], torch.from_numpy(tables))
+        rows, tables, copied = self._extend(rows, steps)
+        state = self._buffers().state
+        overwrite(state.block_tables[: len(rows)], torch.from_numpy(tables))
+        if copied:  # the last step looked up where the next key goes, perhaps on a page that is another's now
+            find_slots(state, PAGE_SIZE)
         return self._launch(rows, steps)
 
     def _fits(self, rows: list[Row], steps: int) -> bool:
@@ -136,11 +138,13 @@ class DecodeLoop:
         wanted = [row.wants(steps) for row in rows] + [max(0, len(one.feed) - one.room) for one in self.later]
         return self.pool.fits(handles, wanted)
 
-    def _extend(self, rows: list[Row], steps: int) -> tuple[list[Row], npt.NDArray[np.int32]]:
-        """Make room for so many steps; the rows with what they have now, and their block tables."""
+    def _extend(self, rows: list[Row], steps: int) -> tuple[list[Row], npt.NDArray[np.int32], int]:
+        """Make room for so many steps: the rows with what they have now, their block tables, pages copied."""
         counts = [row.wants(steps) for row in rows]
-        tables, _, _ = self.pool.extend([row.sequence.handle for row in rows], counts)
-        return [replace(row, reserved=row.reserved + n) for row, n in zip(rows, counts, strict=True)], tables
+        handles = [row.sequence.handle for row in rows]
+        tables, _, _, copied = self.pool.extend(handles, counts)
+        rows = [replace(row, reserved=row.reserved + n) for row, n in zip(rows, counts, strict=True)]
+        return rows, tables, copied
 
     def _launch(self, rows: list[Row], steps: int) -> Burst:
         assert self.shape is not None
@@ -213,18 +217,16 @@ class DecodeLoop:
         if shape.rows not in self.buffers:
             self.buffers[shape.rows] = Buffers(shape.rows, self.pool)
         buffers = self.buffers[shape.rows]
-        if not self.capture or shape in self.graphs:
+        if self.memory is None or self.memory.failed or shape in self.graphs:
             return buffers
         for idle, tensor in (
             (0, buffers.state.remaining), (0, buffers.state.lengths), (-1, buffers.state.slots),
         ):  # fmt: skip
             tensor.fill_(idle)
-        assert self.memory is not None
         started = time.perf_counter()
         try:
             graph, taken = self.memory.capture(self._step)
         except RuntimeError as error:
-            self.capture = False
             warnings.warn(
                 f"CUDA could not capture a decode step of {self.model} ({error}); its steps are launched one "
                 f"operation at a time, which is slower",

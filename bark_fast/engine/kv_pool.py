@@ -68,11 +68,11 @@ class KVPool:
 
     def extend(
         self, handles: Items[int], counts: Items[int]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.int32], int]:
         """Make room for `counts` new tokens of each sequence, all or none (OutOfPages), in one call.
 
         Pages that are written while shared are copied first. Returns block tables (sequences, pages), slots of
-        the new tokens in order, and lengths with them.
+        the new tokens in order, lengths with them, and how many pages were copied.
         """
         tables = np.empty((len(handles), self.max_pages), dtype=np.int32)
         slots = np.empty(sum(counts), dtype=np.int64)
@@ -84,11 +84,11 @@ class KVPool:
             pairs = self._tensor(copies)
             for keys, values in zip(self.keys, self.values, strict=True):
                 paged_kv.copy_pages(keys, values, pairs)
-        return tables, slots, lengths
+        return tables, slots, lengths, len(copies)
 
     def reserve(self, handles: Items[int], counts: Items[int]) -> StepBatch:
         """As `extend`, for a step. Sequences of at most `MAX_PAGED_QUERIES` new tokens must come first."""
-        tables, slots, lengths = self.extend(handles, counts)
+        tables, slots, lengths, _ = self.extend(handles, counts)
         paged = sum(count <= MAX_PAGED_QUERIES for count in counts)
         starts, prefill_starts = (
             self._tensor(np.cumsum([0, *part], dtype=np.int32)) for part in (counts[:paged], counts[paged:])

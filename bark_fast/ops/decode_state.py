@@ -96,15 +96,25 @@ def _advance(
     left = torch.where((tokens < 0) | (tokens == eos), 0, remaining - 1)
     goes_on = live & (left > 0)
     position = positions + 1
-    place = position // page_size
-    pages = block_tables.gather(1, place.clamp(max=block_tables.shape[1] - 1)[:, None])[:, 0].long()
-    found = goes_on & (place < block_tables.shape[1]) & (pages >= 0)
-    slots.copy_(torch.where(found, pages * page_size + position % page_size, torch.where(live, -1, slots)))
+    slots.copy_(torch.where(live, _slots_at(position, block_tables, page_size, goes_on), slots))
     lengths.copy_(torch.where(live, torch.where(goes_on, position + 1, 0), lengths))
     ids.copy_(torch.where(goes_on, tokens, ids))
     positions.copy_(torch.where(goes_on, position, positions))
     steps.add_(live)
     remaining.copy_(torch.where(live, left, remaining))
+
+
+def find_slots(state: DecodeState, page_size: int) -> None:
+    """Look up again, in place, where the next keys go: after pages of rows in flight were replaced."""
+    live = state.remaining > 0
+    state.slots.copy_(_slots_at(state.positions, state.block_tables, page_size, live))
+
+
+def _slots_at(positions: Tensor, block_tables: Tensor, page_size: int, live: Tensor) -> Tensor:
+    place = positions // page_size
+    pages = block_tables.gather(1, place.clamp(max=block_tables.shape[1] - 1)[:, None])[:, 0].long()
+    found = live & (place < block_tables.shape[1]) & (pages >= 0)
+    return torch.where(found, pages * page_size + positions % page_size, -1)
 
 
 define(
