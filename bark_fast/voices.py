@@ -193,8 +193,8 @@ def load_voice(
 def check_voice(arrays: Mapping[str, Any], name: str, layout: Layout) -> Voice:
     """The voice in `arrays`, as int64, if it passes what suno's `generate_*` functions assert.
 
-    Integers of any width; semantic (n,), coarse (2, m), fine (8, k), none empty; ids in their vocabularies; m/n
-    is 1.5 when rounded to one decimal. Raises InvalidVoice.
+    Integers of any width, or whole numbers in float32 or float64; semantic (n,), coarse (2, m), fine (8, k),
+    none empty; ids in their vocabularies; m/n is 1.5 when rounded to one decimal. Raises InvalidVoice.
     """
     missing = [key for key in KEYS if key not in arrays]
     if missing:
@@ -233,7 +233,11 @@ def _check_array(arrays: Mapping[str, Any], key: str, rows: int | None, ids: int
         raise InvalidVoice(f"{where} has the shape {array.shape}; it must be {shape}")
     if not array.size:
         raise InvalidVoice(f"{where} is empty; it must be {shape} with at least one token")
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind == "f" and array.itemsize >= 4:  # suno's code takes them; half a float has no large ids
+        whole = np.isfinite(array) & (array == np.trunc(array))
+        if not whole.all():
+            raise InvalidVoice(f"{where} has the value {array[~whole][0]}; it must be of whole numbers")
+    elif array.dtype.kind not in "iu":
         raise InvalidVoice(
             f"{where} is of {array.dtype}; it must be of integers: cast it with .astype(np.int64)"
         )

@@ -148,9 +148,9 @@ class TestAccepted:
     def test_none_stays_none(self, library):
         assert load_voice(None, library) is None
 
-    def test_arrays_of_every_integer_width_and_order(self, library):
+    def test_whole_numbers_of_every_width_and_order(self, library):
         expected = arrays()
-        for dtype in (np.uint16, np.int16, np.int32, np.uint64, ">i4"):
+        for dtype in (np.uint16, np.int16, np.int32, np.uint64, ">i4", np.float32, np.float64, ">f8"):
             given = {key: np.asfortranarray(value.astype(dtype)) for key, value in expected.items()}
             same(load_voice(given, library), expected)
 
@@ -431,7 +431,11 @@ class TestRefused:
             ("coarse_prompt", lambda a: a[:, :140], ["140 coarse frames"]),
             ("fine_prompt", lambda a: a[:2], ["(2, 150)", "(8, n)"]),
             ("fine_prompt", lambda a: a[:, :0], ["empty"]),
-            ("fine_prompt", lambda a: a.astype(np.float32), ["float32", ".astype(np.int64)"]),
+            ("fine_prompt", lambda a: a.astype(np.float16), ["float16", ".astype(np.int64)"]),
+            ("fine_prompt", lambda a: a + 0.5, [".5", "whole"]),
+            ("fine_prompt", lambda a: np.where(a == a.max(), np.inf, a), ["inf", "whole"]),
+            ("fine_prompt", lambda a: a * np.nan, ["nan", "whole"]),
+            ("fine_prompt", lambda a: a.astype(np.float64) + 1024, ["1023"]),
             ("semantic_prompt", lambda a: a.astype(bool), ["bool"]),
             ("semantic_prompt", lambda a: a.astype(str), ["<U"]),
             ("semantic_prompt", lambda a: a.astype(object), ["object"]),
