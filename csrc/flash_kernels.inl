@@ -167,9 +167,11 @@ void attend_panel(const Flash& call, Lines<Element> key, Lines<Element> value, i
                  head_dim, width, query);
     const float natural = call.scale * 1.44269504088896341f;  // log2(e)
     const float none = -__builtin_inff();
-    Vec most[V], sum[V], seen[V];  // of each query: its largest score, its weights, how many keys it sees
+    // of each query: its largest score, also as its weights have it, the sum of them, how many keys it sees
+    Vec most[V], offset[V], sum[V], seen[V];
     for (int v = 0; v < V; ++v) {
         most[v] = splat(none);
+        offset[v] = splat(-none);
         sum[v] = Vec{};
         for (int i = 0; i < W; ++i)
             seen[v][i] = static_cast<float>(call.causal ? keys - call.rows + first + v * W + i + 1 : keys);
@@ -180,23 +182,22 @@ void attend_panel(const Flash& call, Lines<Element> key, Lines<Element> value, i
     for (int64_t from = 0; from < end; from += kKeys) {
         const int64_t count = end - from < kKeys ? end - from : kKeys;
         score<V>(query, key.first + from * key.stride, key.stride, count, head_dim / kPair, scores);
-        Vec larger_than[V], shrink[V], offset[V];
-        for (int v = 0; v < V; ++v) larger_than[v] = most[v];
+        Vec shrink[V], block_sum[V];
         for (int64_t j = 0; j < count; ++j)
             for (int v = 0; v < V; ++v) {
                 float* const at = scores + (j * V + v) * W;
                 if (from + j >= all_see) store(at, seen[v] > static_cast<float>(from + j) ? load(at) : splat(none));
-                larger_than[v] = larger(load(at), larger_than[v]);
+                most[v] = larger(load(at), most[v]);
             }
         for (int v = 0; v < V; ++v) {
-            shrink[v] = exp2_nonpositive((most[v] - larger_than[v]) * natural);
-            most[v] = larger_than[v];
+            const Vec before = offset[v];
             offset[v] = most[v] * -natural;
-            sum[v] *= shrink[v];
+            shrink[v] = exp2_nonpositive(offset[v] - before);
+            block_sum[v] = Vec{};
         }
         const auto weigh = [&](int64_t j, int v) __attribute__((always_inline)) {
             const Vec weight = exp2_nonpositive(fma(load(scores + (j * V + v) * W), splat(natural), offset[v]));
-            sum[v] += weight;
+            block_sum[v] += weight;
             return weight;
         };
 #if defined(__AVX512BF16__)
@@ -214,6 +215,7 @@ void attend_panel(const Flash& call, Lines<Element> key, Lines<Element> value, i
             for (int v = 0; v < V; ++v) store(scores + (j * V + v) * W, weigh(j, v));
         add_values<V>(scores, value.first + from * value.stride, value.stride, count, 0, head_dim, shrink, out);
 #endif
+        for (int v = 0; v < V; ++v) sum[v] = fma(sum[v], shrink[v], block_sum[v]);
     }
     T* const result = rows_at<T>(call.out, batch, head) + first * call.out.row_stride;
     for (int v = 0; v < V; ++v)

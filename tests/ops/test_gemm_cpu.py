@@ -165,7 +165,7 @@ def test_operations_take_it_where_it_pays(monkeypatch: pytest.MonkeyPatch, dtype
 @pytest.mark.parametrize(
     ("isa", "intels", "of_torch", "ours"),
     [
-        ("avx2", False, (), DTYPES[1:]),
+        ("avx2", False, (), DTYPES),
         ("avx2", True, (), DTYPES[1:]),
         ("avx512", True, (torch.bfloat16,), [torch.float16]),
         ("avx512", False, (torch.bfloat16,), [torch.float32, torch.float16]),
