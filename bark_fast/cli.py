@@ -123,9 +123,11 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
     started = time.perf_counter()
     audio = bark.generate(words, voice=voice, progress=not quiet, **generating)
     seconds = time.perf_counter() - started
-    audio.save(output)
-    if tokens_file is not None and audio.tokens is not None:
-        audio.tokens.save(tokens_file)
+    try:
+        audio.save(output)
+    finally:  # on a full disk there may be room for the tokens, of which the audio can be made again
+        if tokens_file is not None and audio.tokens is not None:
+            audio.tokens.save(tokens_file)
     if not quiet:
         stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
         click.echo(

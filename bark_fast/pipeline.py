@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 
@@ -85,6 +85,11 @@ class Bark:
         schedulers: list[Scheduler[list[Speech]]] = [Scheduler(one, limits=limits) for one in self.runners]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self._worker = self.scheduler if isinstance(self.scheduler, Replicas) else Worker(self.scheduler)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Bark holds caches and threads and cannot be copied or pickled: load one where it is used"
+        )
 
     @classmethod
     def from_pretrained(

@@ -283,6 +283,13 @@ class TestStreamsThatAreNotThere:
         done = shell(f"{' '.join(COMMAND)} doctor >/dev/full")
         assert_one_line_error(done, "cannot write the output", "No space left")
 
+    def test_tokens_are_kept_where_there_is_no_room_for_audio(self, shell):
+        done = shell("ulimit -f 8; $SAY Hello -q -o a.wav --tokens a.npz")
+        assert_one_line_error(done, "cannot write a.wav")
+        assert [path.name for path in shell.folder.glob("a.*")] == ["a.npz"]
+        again = shell("$SAY Hello -q -o b.wav --voice a.npz")
+        assert again.returncode == 0, again.stderr
+
     def test_two_that_make_the_noise_checkpoint_at_once(self, shell):
         say = f"{' '.join(COMMAND)} say Hi -q --max-seconds 0.3"
         done = shell(f"{say} -o 1.wav & {say} -o 2.wav; first=$?; wait $! && exit $first")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import re
 
 import numpy as np
@@ -89,6 +91,11 @@ class TestGenerate:
         assert bark.runner.dtype == torch.bfloat16
         assert bark.runner.codec.codebooks.dtype == torch.float32
         assert np.isfinite(bark.generate("One.", seed=0, max_seconds=0.4).samples).all()
+
+    def test_a_copy_is_refused_with_a_remedy(self, suno_bark):
+        for way in (pickle.dumps, copy.deepcopy):
+            with pytest.raises(TypeError, match="load one where it is used"):
+                way(suno_bark)
 
     def test_generating_leaves_torchs_generator_alone(self, suno_bark):
         torch.manual_seed(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from bark_fast.ops.norm_linear import FLOATING
@@ -45,6 +46,8 @@ def why_not_now(module: nn.Module, x: Tensor, layers: Iterable[nn.Module]) -> st
         return "autocast"
     if torch._C._are_functorch_transforms_active():
         return "function transforms"
+    if forward_ad._current_level >= 0:
+        return "forward-mode gradients"
     wants_gradients = torch.is_grad_enabled()
     if wants_gradients and x.requires_grad:
         return "gradients"

@@ -17,7 +17,7 @@ from bark_fast.modules.gpt import GPT
 from bark_fast.ops.norm_linear import FLOATING
 from bark_fast.patching import hf, suno, suno_modules
 from bark_fast.patching.report import Entry, PatchReport
-from bark_fast.patching.swap import STATE, Patched, Policy, State, is_fast, restore, swap
+from bark_fast.patching.swap import STATE, Patched, Policy, State, check_outermost, is_fast, restore, swap
 
 T = TypeVar("T")
 OURS = (GPT, FineGPT, Codec)
@@ -77,11 +77,17 @@ def patch(
 
 
 def unpatch(obj: T) -> T:
-    """Undo `patch`: every class is the one it was. Returns `obj`, which need not be patched."""
+    """Undo `patch`: every class is the one it was. Returns `obj`, which need not be patched.
+
+    Raises InvalidInput where somebody put a class on top since (FSDP does): undo that first.
+    """
     if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
         suno.unpatch_module(obj)
         return obj
-    for module in _module_of(obj).modules():
+    modules = list(_module_of(obj).modules())
+    for module in modules:
+        check_outermost(module)
+    for module in modules:
         restore(module)
     return obj
 

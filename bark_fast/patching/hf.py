@@ -47,7 +47,7 @@ def report_of(obj: nn.Module) -> PatchReport:
         names = _names(module)
         kind = type(module).__name__
         if "BarkBlock" in names:
-            reason = standing_reason(module) if is_fast(module) else "not patched"
+            reason = (standing_reason(module) or _training(module)) if is_fast(module) else "not patched"
             entry = Entry(path, kind, reason or "fused attention, LayerNorm and MLP")
             (left if reason else replaced).append(entry)
         elif names & _MODELS.keys():
@@ -66,9 +66,13 @@ def _of_model(module: nn.Module) -> tuple[str | None, int]:
     if not isinstance(module, (FastCausal, FastFine)):
         return "generate as it was (engine=False)" if any(map(is_fast, module.modules())) else "not patched", 0
     try:
-        return None, module.bound().copied_bytes
+        return _training(module), module.bound().copied_bytes
     except NotCovered as uncovered:
         return str(uncovered), 0
+
+
+def _training(module: nn.Module) -> str | None:
+    return "training mode" if module.training else None
 
 
 def _names(module: Any) -> set[str]:

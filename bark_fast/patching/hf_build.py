@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
 from bark_fast.patching.shared import Names, places_of
 
 MODULE = "transformers.models.bark.modeling_bark"
-_OVERRIDDEN = ("forward", "_sample", "prepare_inputs_for_generation")
+_OF_ATTENTION = ("forward", "_attn", "_split_heads", "_merge_heads")
+_OF_MODELS = ("_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_CAUSAL: WeakKeyDictionary[nn.Module, tuple[ReferenceType[Tensor], int]] = WeakKeyDictionary()
+"""Attentions whose mask was found to be causal, and which tensor of which version it was."""
 
 
 def why_not_block(block: Any) -> str | None:
@@ -22,10 +28,12 @@ def why_not_block(block: Any) -> str | None:
         kind = _original(part)
         if kind.__module__ != MODULE:
             return f"a block with a {kind.__name__} of {kind.__module__}"
+        if name := _replaced(part, _OF_ATTENTION if part is attn else ("forward",)):
+            return f"a {kind.__name__} whose {name} was replaced"
     if type(mlp.gelu) is not nn.GELU or mlp.gelu.approximate != "none":
         return f"an activation other than the exact GELU, {mlp.gelu}"
-    if "_attn" in vars(attn):
-        return "attention that was replaced"
+    if attn.is_causal and not _masks_the_future(attn):
+        return "attention with a causal mask of its own"
     return next(filter(None, map(_why_not_dropout, (attn.attn_dropout, attn.resid_dropout, mlp.dropout))), None)
 
 
@@ -35,10 +43,8 @@ def why_not_model(model: Any, config: GPTConfig, names: Names, causal: bool) -> 
     names: of Bark's parameters within it. Its blocks have been looked at.
     """
     kind = _original(model)
-    for name in _OVERRIDDEN:
-        method = getattr(kind, name, None)
-        if method is not None and not method.__module__.startswith("transformers."):
-            return f"a {kind.__name__} with a {name} of its own"
+    if name := _replaced(model, _OF_MODELS) or _replaced(kind, ("forward",)):
+        return f"a {kind.__name__} with a {name} of its own"
     if reason := _why_not_dropout(model.drop):
         return reason
     for block in model.layers:
@@ -49,6 +55,38 @@ def why_not_model(model: Any, config: GPTConfig, names: Names, causal: bool) -> 
     if added := found - {f"{path}.{leaf}" for _, path, leaf, _ in places_of(config, names)}:
         return f"{min(added)}, a parameter that Bark has not"
     return None
+
+
+def _replaced(owner: Any, names: Iterable[str]) -> str | None:
+    """The first of these methods that transformers did not write: of the class, or of the object alone.
+
+    A fast class is passed over. What wraps one of theirs is told by where it was defined, not by its name.
+    """
+    kind = owner if isinstance(owner, type) else _original(owner)
+    for name in names:
+        method = getattr(kind, name, None)
+        where = getattr(method, "__globals__", {}).get("__name__", "")
+        if method is not None and not where.startswith("transformers."):
+            return name
+        if owner is not kind and name != "forward" and name in vars(owner):
+            return name
+    return None
+
+
+def _masks_the_future(attn: Any) -> bool:
+    """Whether the buffer by which they mask is what they made it; read anew only when it was written to."""
+    mask = attn.bias
+    if not isinstance(mask, Tensor) or mask.is_meta:
+        return False
+    version = 0 if mask.is_inference() else mask._version
+    known = _CAUSAL.get(attn)
+    if known is None or known[0]() is not mask or known[1] != version:
+        size = mask.shape[-1]
+        causal = torch.ones(size, size, dtype=torch.bool, device=mask.device).tril()
+        if mask.dtype != torch.bool or mask.shape != (1, 1, size, size) or not mask[0, 0].equal(causal):
+            return False
+        _CAUSAL[attn] = ref(mask), version
+    return True
 
 
 def _original(module: nn.Module) -> type:

@@ -77,7 +77,17 @@ def _why_not(block: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any
         return "a layer with a hook"
     if reason := why_not_block(block):
         return reason
+    if torch.is_grad_enabled() and _learns(mask, cache_in(kwargs), block.attn.layer_idx):
+        return "gradients"
     return why_not_now(block, x, _layers(block))
+
+
+def _learns(mask: Tensor | None, cache: Any, layer: int) -> bool:
+    """Whether gradients go to the mask, or to keys and values so far, as in prefix tuning."""
+    layers = getattr(cache, "layers", ())
+    so_far = [layers[layer]] if layer is not None and layer < len(layers) else []
+    tensors = [mask, *(getattr(one, name, None) for one in so_far for name in ("keys", "values"))]
+    return any(isinstance(one, Tensor) and one.requires_grad for one in tensors)
 
 
 def _forward(block: Any, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -152,10 +152,12 @@ class FastSemantic(FastCausal):
             return input_ids, None
         if not model_kwargs.get("use_cache"):  # before 5.3 theirs then forgets the embeddings after a token
             raise NotCovered("use_cache=False")
-        if prompt is None or not _embed(_any(self).input_embeds_layer.weight, *prompt).equal(embeddings):
-            raise NotCovered("a prompt of embeddings")
-        ids, merged = prompt
-        return ids, merged
+        if prompt is not None:
+            times = len(embeddings) // max(1, len(prompt[0]))  # num_return_sequences
+            ids, merged = (one.repeat_interleave(times, 0) for one in prompt)
+            if _embed(_any(self).input_embeds_layer.weight, ids, merged).equal(embeddings):
+                return ids, merged
+        raise NotCovered("a prompt of embeddings")
 
 
 class FastCoarse(FastCausal):

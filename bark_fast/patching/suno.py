@@ -43,6 +43,9 @@ def patch_module(module: ModuleType, policy: Policy) -> None:
     """Patch what `module` belongs to; what is patched already gets the new policy."""
     generation = _checked(module)
     known: ModulePatch | None = generation.__dict__.get(STATE)
+    if known is not None and known.displaced():  # by importlib.reload
+        unpatch_module(module)
+        known = None
     patch = known or ModulePatch(generation, policy)
     try:
         if known is None:
@@ -106,7 +109,7 @@ class ModulePatch:
         """Put the replacements in place."""
         for name in REPLACED:
             original = getattr(self.generation, name)
-            if not isinstance(original, FunctionType) or original.__globals__ is not vars(self.generation):
+            if not self._is_own(original):
                 continue  # somebody put another there, which is to be called
             if name in STAGES:
                 ours = self._stage(original, getattr(self.stages, name))
@@ -118,9 +121,22 @@ class ModulePatch:
     def remove(self) -> None:
         """Put the originals back, wherever ours still stand."""
         self.active = False
-        self._rename({id(ours): original for original, ours in self.ours.values()})
+        current = self.displaced()
+        self._rename({id(ours): current.get(name, original) for name, (original, ours) in self.ours.items()})
         self._slow_blocks()
         self.stages.models.forget()
+
+    def displaced(self) -> dict[str, Function]:
+        """Functions of suno's own, by name, that stand where ours stood, since the module was reloaded."""
+        found: dict[str, Function] = {}
+        for name, (_, ours) in self.ours.items():
+            one: Any = getattr(self.generation, name, None)
+            if self._is_own(one) and one is not ours:
+                found[name] = one
+        return found
+
+    def _is_own(self, function: Any) -> bool:
+        return isinstance(function, FunctionType) and function.__globals__ is vars(self.generation)
 
     def obey(self, policy: Policy) -> None:
         """Follow another policy from now on."""
@@ -146,9 +162,11 @@ class ModulePatch:
             "codec_decode": "the original, without recording gradients",
             "_load_model": "reads files without running what is pickled in them",
         }
-        replaced = [Entry(f"{name}.{one}", "function", what[one]) for one in self.ours]
+        displaced = self.displaced()
+        replaced = [Entry(f"{name}.{one}", "function", what[one]) for one in self.ours if one not in displaced]
         reason = "is not suno's own" if self.ours else "not patched"
         left = [Entry(f"{name}.{one}", "function", reason) for one in REPLACED if one not in self.ours]
+        left += [Entry(f"{name}.{one}", "function", "was reloaded: patch again") for one in displaced]
         return PatchReport(tuple(replaced), tuple(left), self.stages.models.copied_bytes)
 
     def _stage(self, original: Function, method: Function) -> Function:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bark_fast.errors import NotCovered
+from bark_fast.errors import InvalidInput, NotCovered
 
 STATE = "_bark_fast"
 """Attribute of a patched object that holds its `State`."""
@@ -67,6 +67,10 @@ class Patched:
 
     _bark_fast_original: ClassVar[type]
     _bark_fast_mixin: ClassVar[type]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Whoever makes another of the class means the original: what a patch keeps is not of a class."""
+        return cls._bark_fast_original(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -123,6 +127,16 @@ def swap(module: nn.Module, mixin: type[Patched], policy: Policy) -> None:
     if not is_fast(module):
         module.__class__ = fast_class(type(module), mixin)
     module.__dict__[STATE] = State(policy)
+
+
+def check_outermost(module: nn.Module) -> None:
+    """Raise InvalidInput if `module` has a class that was made of its fast class: `restore` would lose it."""
+    kind = type(module)
+    if isinstance(module, Patched) and "_bark_fast_original" not in vars(kind):
+        raise InvalidInput(
+            f"a module is of {kind.__name__}, a class put on top of the patched "
+            f"{module._bark_fast_original.__name__}: undo that first, or patch after it"
+        )
 
 
 def restore(module: nn.Module) -> None:

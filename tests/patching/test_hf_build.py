@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 
 import bark_fast
 from bark_fast.errors import InvalidInput
-from bark_fast.patching import core
+from bark_fast.patching import core, hf_build
 from bark_fast.patching.swap import Policy
 
 SHORT = {"semantic_max_new_tokens": 12}
@@ -72,6 +74,25 @@ def norm_without_weights(model):
     model.layers[0].layernorm_1 = nn.LayerNorm(model.config.hidden_size, elementwise_affine=False)
 
 
+def edited_mask(model):
+    for layer in model.layers:
+        layer.attn.bias.triu_(-3)
+
+
+def prepared_otherwise(model):
+    theirs = model.prepare_inputs_for_generation
+
+    @wraps(theirs)
+    def prepare(*args, **kwargs):
+        inputs = theirs(*args, **kwargs)
+        for name in ("inputs_embeds", "input_embeds"):
+            if inputs.get(name) is not None:
+                inputs[name] = inputs[name] * 0
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare
+
+
 def other_mask(model):
     for layer in model.layers:
         layer.attn.bias = torch.ones_like(layer.attn.bias)
@@ -102,7 +123,9 @@ IN_A_BLOCK = [
     relu, attention_of_another_class, replaced_attention, replaced_dropout, active_dropout,
     parameter_of_another_class, norm_without_weights,
 ]  # fmt: skip
-IN_A_MODEL = [other_mask, replaced_embedding_dropout, bias_on_a_head, forward_of_its_own]
+IN_A_MODEL = [
+    other_mask, edited_mask, replaced_embedding_dropout, bias_on_a_head, forward_of_its_own, prepared_otherwise,
+]  # fmt: skip
 
 
 def spoken(peer):
@@ -143,6 +166,44 @@ def test_an_altered_model(peer, alter):
 @pytest.mark.parametrize("alter", [replaced_embedding_dropout, bias_on_a_head, forward_of_its_own])
 def test_an_altered_fine_model(peer, alter):
     assert "fine_acoustics" in left_after(peer, "fine_acoustics", alter)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("", "forward"), ("mlp", "forward"), ("attn", "forward"), ("attn", "_attn"), ("attn", "_merge_heads")],
+)
+def test_a_class_of_theirs_that_somebody_changed(peer, monkeypatch, part, name):
+    """For all models at once; whoever does so carefully keeps the name of what is wrapped."""
+    kind = type(peer.model.semantic.layers[0].get_submodule(part))
+    theirs = getattr(kind, name)
+    calls = []
+
+    @wraps(theirs)
+    def counted(*args, **kwargs):
+        calls.append(name)
+        return theirs(*args, **kwargs)
+
+    monkeypatch.setattr(kind, name, counted)
+    bark_fast.patch(peer.model)
+    with pytest.warns(RuntimeWarning, match=f"whose {name} was replaced"):
+        spoken(peer)
+    assert len(calls) > 10
+
+
+def test_the_causal_mask_is_read_once(model, monkeypatch):
+    attn = bark_fast.patch(model).semantic.layers[0].attn
+    assert hf_build._masks_the_future(attn)
+    monkeypatch.setattr(torch, "ones", None)
+    assert hf_build._masks_the_future(attn)
+    monkeypatch.undo()
+    attn.bias[0, 0, 5, 6] = True
+    assert not hf_build._masks_the_future(attn)
+    before, attn.bias = attn.bias, attn.bias.tril()
+    assert hf_build._masks_the_future(attn)
+    attn.bias = before
+    assert not hf_build._masks_the_future(attn)
+    attn.bias = before.tril().float()
+    assert not hf_build._masks_the_future(attn)
 
 
 def test_torchs_default_dtype_changes_no_noise(peer):

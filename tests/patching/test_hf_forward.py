@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from patched_twins import both
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import DynamicCache
 
 import bark_fast
 from bark_fast.errors import NotCovered
@@ -264,6 +266,46 @@ def test_gradients_come_from_the_original(model, frozen):
         expected, got = both(model, call)
     assert len(expected) == len(got) > 10
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_gradients_of_what_was_given_come_from_the_original(model):
+    """Of frozen weights: a prefix in the cache, a bias on the scores, forward-mode gradients."""
+    model.requires_grad_(False)
+    semantic, mask = model.semantic, torch.zeros(1, 1, 6, 6, requires_grad=True)
+    block = semantic.layers[0]
+
+    def prefix(model):
+        random, cache = torch.Generator().manual_seed(0), DynamicCache()
+        shape = (len(semantic.layers), 2, 1, block.attn.num_heads, 4, block.attn.head_dim)
+        learned = torch.randn(shape, generator=random).requires_grad_()
+        for layer, (key, value) in enumerate(learned):
+            cache.update(key, value, layer)
+        logits = semantic(IDS[:1], use_cache=True, **{cache_name(semantic): cache}).logits
+        logits.square().mean().backward()
+        return [learned.grad]
+
+    def bias(model):
+        mask.grad = None
+        block(torch.ones(1, 6, model.semantic.config.hidden_size), attention_mask=mask)[0].sum().backward()
+        return [mask.grad]
+
+    def dual(model):
+        x = torch.linspace(-1, 1, 6 * model.semantic.config.hidden_size).view(1, 6, -1)
+        with forward_ad.dual_level(), torch.no_grad():
+            return [forward_ad.unpack_dual(block(forward_ad.make_dual(x, x.flip(1)))[0]).tangent]
+
+    for call, reason in ((prefix, "leaves gradients"), (bias, "leaves gradients"), (dual, "forward-mode")):
+        with pytest.warns(RuntimeWarning, match=reason):
+            expected, got = both(model, call)
+        assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_model_in_training_is_reported(model):
+    bark_fast.patch(model).train()
+    assert not bark_fast.patch_report(model).replaced
+    assert "training mode" in str(bark_fast.patch_report(model))
+    model.eval()
+    assert bark_fast.patch_report(model).replaced
 
 
 @torch.no_grad()

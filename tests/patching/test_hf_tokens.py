@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -268,6 +269,10 @@ def test_sub_models_alone(model, text):
     )
     assert torch.equal(expected, semantic)
     assert semantic.dtype == expected.dtype
+    several = {"max_new_tokens": 12, "num_return_sequences": 3}
+    expected, got = both(model.semantic, lambda part: part.generate(**text(*TEXTS[:2]), **shared, **several))
+    assert len(got) == 6
+    assert torch.equal(expected, got)
     shared["coarse_generation_config"] = coarse_config
     expected, coarse = both(
         model.coarse_acoustics,
@@ -304,8 +309,9 @@ def test_engine_draws_what_it_says(peer, monkeypatch, count):
         def forward(*_, **__):
             calls.append(1)
 
-        forward.__module__ = kind.__module__  # else it would be seen, and respected
-        monkeypatch.setattr(kind, "forward", forward)
+        theirs = vars(import_module(kind.__module__))  # else it would be seen, and respected
+        hidden = FunctionType(forward.__code__, theirs, "forward", None, forward.__closure__)
+        monkeypatch.setattr(kind, "forward", hidden)
     bark_fast.patch(peer.model)
     peer.speak(TEXTS[:count], **SHORT)
     assert not calls

@@ -97,6 +97,22 @@ def test_what_was_taken_along_is_the_original_again(generation):
         fine()
 
 
+def test_a_module_that_was_reloaded_can_be_patched_again(generation):
+    original, family = generation.generate_fine, [sys.modules[name] for name in ("bark", "bark.api")]
+    fresh = types.FunctionType(original.__code__, vars(generation), original.__name__, original.__defaults__)
+    bark_fast.patch(generation)
+    generation.generate_fine = fresh  # what importlib.reload does
+    assert "(bark.generation.generate_fine): was reloaded" in str(bark_fast.patch_report(generation))
+    bark_fast.patch(generation)
+    assert generation.generate_fine is not fresh
+    assert "reloaded" not in str(bark_fast.patch_report(generation))
+    bark_fast.unpatch(generation)
+    for module in (generation, *family):
+        for name in [name for name, value in vars(module).items() if value is fresh]:
+            setattr(module, name, original)
+    assert generation.generate_fine is original
+
+
 def test_a_function_the_user_put_there_stays(generation):
     original = generation.generate_fine
     bark_fast.patch(generation)

@@ -18,7 +18,9 @@ from patched_twins import both
 from torch import nn
 
 import bark_fast
+from bark_fast.errors import InvalidInput
 from bark_fast.patching import core, hf
+from bark_fast.patching.swap import is_fast
 
 SHORT = {"semantic_max_new_tokens": 25}
 
@@ -466,6 +468,32 @@ def test_a_subclass_of_theirs_keeps_its_own_methods(model):
     assert model.semantic.shout() == "hello"
     bark_fast.unpatch(model)
     assert type(model.semantic) is mine
+
+
+def test_another_of_a_patched_class_is_an_original(model):
+    """As helpers make them that keep an average of the weights, say."""
+    originals = {part: type(getattr(model, part)) for part in ("semantic", "fine_acoustics")}
+    bark_fast.patch(model)
+    for part, original in originals.items():
+        kind = type(getattr(model, part))
+        config = getattr(model, part).config
+        for made in (kind(config), kind._from_config(config)):
+            assert type(made) is original
+            assert not bark_fast.is_patched(made)
+            assert bark_fast.is_patched(bark_fast.patch(made))
+
+
+def test_a_class_that_somebody_put_on_top_is_not_taken_away(model):
+    """FSDP does so."""
+    block = bark_fast.patch(model).semantic.layers[1]
+    fast = type(block)
+    block.__class__ = type("Sharded", (fast,), {})
+    for undo in (bark_fast.unpatch, bark_fast.patch):
+        with pytest.raises(InvalidInput, match="Sharded, a class put on top of the patched BarkBlock"):
+            undo(model)
+        assert type(block).__name__ == "Sharded" and is_fast(model.semantic.layers[0])
+    block.__class__ = fast
+    assert not bark_fast.is_patched(bark_fast.unpatch(model))
 
 
 def test_patching_is_quick(model):
