@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import wave
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,12 @@ AUDIO_FORMATS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ".flac": ("FLAC", ("PCM_16", "PCM_24")),
     ".ogg": ("OGG", ("VORBIS", "OPUS")),
     ".mp3": ("MP3", ("MPEG_LAYER_III",)),
+}
+_RATES: Mapping[str, Container[int]] = {  # hertz that formats take, as tried; beyond them they fail, or crash
+    "FLAC": range(1, 655_351),
+    "VORBIS": range(1, 200_001),
+    "OPUS": (8_000, 12_000, 16_000, 24_000, 48_000),
+    "MPEG_LAYER_III": (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000),
 }
 BLOCK = 1 << 16  # libsndfile's Vorbis encoder overflows the stack on a single write of minutes
 MAX_INLINE_SECONDS = 1800  # a notebook cell beyond this (over 100 MB of base64) stops the browser
@@ -149,7 +155,7 @@ def _soundfile(path: Path) -> Any:
     return soundfile
 
 
-def _check_waveform(path: Path, samples: object, rate: object) -> None:
+def _check_waveform(path: Path, samples: object, rate: object, container: str, subtype: str) -> None:
     """Raise OutputError for what libsndfile would write as something else, or crash on."""
     fault = None
     if not isinstance(samples, np.ndarray):
@@ -162,6 +168,8 @@ def _check_waveform(path: Path, samples: object, rate: object) -> None:
         fault = f"{bad} of {len(samples)} samples are NaN or infinite; generate the audio again"
     elif not is_whole(rate) or not 1 <= rate < 2**31:
         fault = f"sample_rate is {rate!r}; it must be a whole number of hertz"
+    elif rate not in _RATES.get(subtype, _RATES.get(container, range(2**31))):
+        fault = f"sample_rate is {rate}, which {subtype} in {container} does not take; write .wav, or resample"
     if fault is not None:
         raise OutputError(f"cannot write {path}: {fault}")
 
@@ -214,7 +222,8 @@ class Audio:
         """
         path = Path(path)
         container, subtype = _encoding(path, subtype)
-        _check_waveform(path, self.samples, self.sample_rate)
+        _check_waveform(path, self.samples, self.sample_rate, container, subtype)
+        exact = self.samples.dtype in (np.float32, np.float64)
         soundfile = _soundfile(path)
         with atomic_write(path) as temporary:
             try:
@@ -223,6 +232,7 @@ class Audio:
                 ) as file:
                     for start in range(0, len(self.samples), BLOCK):
                         block = self.samples[start : start + BLOCK]
+                        block = block if exact else block.astype(np.float64)
                         file.write(block if subtype == "FLOAT" else block.clip(-1, 1))
                 written = soundfile.info(temporary).frames
             except (RuntimeError, AssertionError, ValueError) as error:  # soundfile asserts on a short write

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from bark_fast.modules.gpt import GPT
 from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import has_triton, preferred
 
-Module = TypeVar("Module", bound=nn.Module)
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
 
@@ -83,15 +82,21 @@ def make_runner(
     room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
     decoding = [weight.device for name in ("semantic", "coarse") for weight in weights[name].values()]
     fastest = next((place for place in decoding if place.type == "cuda"), device)
-    runner = runner_kind(device if offload else fastest)(
-        _filled(semantic, weights["semantic"]),
-        _filled(coarse, weights["coarse"]),
-        _filled(fine, weights["fine"]),
-        _filled(codec, weights["codec"]),
-        max_sequences=max_batch,
-        cache_bytes=room,
-        offload_to=device if offload else None,
-    )
+    kind = runner_kind(device if offload else fastest)
+    modules: dict[ModelName, nn.Module] = {"semantic": semantic, "coarse": coarse, "fine": fine, "codec": codec}
+    for name, module in modules.items():
+        module.load_state_dict(weights[name], assign=True)  # it was built without
+        module.requires_grad_(False).eval()
+    try:
+        runner = kind(semantic, coarse, fine, codec, max_batch, room, device if offload else None)
+    except RuntimeError as error:  # torch's, of a CPU or a GPU
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(
+            f"there is no memory for the caches of max_batch={max_batch} utterances ({reason}); choose fewer, "
+            f"or give max_memory"
+        ) from error
     if not offload:
         codec.lstm.flatten_parameters()
     return runner
@@ -127,9 +132,3 @@ def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> 
             f"{one}: give at least {taken + one}, or choose a smaller dtype or checkpoint, or offload=True"
         )
     return max_memory - taken
-
-
-def _filled(module: Module, weights: Mapping[str, torch.Tensor]) -> Module:
-    """`module`, built on the meta device, with the checkpoint's tensors as its parameters."""
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()

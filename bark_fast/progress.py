@@ -49,12 +49,13 @@ class ProgressBar:
 
     def __init__(self, layout: Layout, chunks: list[int]) -> None:
         self.layout, self.chunks = layout, chunks
-        self.fractions = [0.0] * len(chunks)
+        self.fractions, self.done = [0.0] * len(chunks), 0.0  # of each utterance, and of all
+        self.total = sum(chunks)
         self.latest: dict[int, Progress] = {}
         self.stage, self.drawn = "", 0
         self.started = self.now = time.perf_counter()
         self.bar: Any = make_bar(
-            total=100 * sum(chunks),
+            total=100 * self.total,
             unit="%",
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             dynamic_ncols=True,
@@ -73,9 +74,11 @@ class ProgressBar:
         self.drawn += event.done - before.done if same and before is not None else event.done
         self.latest[event.index] = event
         self.bar.set_postfix_str(self._describe(event), refresh=False)
-        self.fractions[event.index] = max(fraction, self.fractions[event.index])
+        if fraction > self.fractions[event.index]:
+            self.done += fraction - self.fractions[event.index]
+            self.fractions[event.index] = fraction
         # rounding must not carry the bar beyond its end, which tqdm warns of
-        self.bar.update(min(100 * sum(self.fractions), self.bar.total) - self.bar.n)
+        self.bar.update(min(100 * self.done, self.bar.total) - self.bar.n)
         if begins:  # tqdm leaves out what comes too soon; on a fast machine that would be whole stages
             self.bar.refresh()
 
@@ -83,7 +86,7 @@ class ProgressBar:
         text = f"{event.stage} {event.done}/{event.total}"
         if len(self.chunks) > 1:
             text = f"text {event.index + 1}/{len(self.chunks)}, {text}"
-        if sum(self.chunks) > len(self.chunks):
+        if self.total > len(self.chunks):
             text = f"chunk {event.chunk + 1}/{self.chunks[event.index]}, {text}"
         seconds = self.now - self.started
         rates = {

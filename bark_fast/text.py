@@ -21,7 +21,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 DEFAULT_MAX_TOKENS = 48
 # No script reaches this many characters a token, unless the tokenizer gives a whole long word up as [UNK].
 MAX_CHARS_PER_TOKEN = 16
-_CLAUSE_END = re.compile(r"""[,;:…،؛)\]]+["'”’»]*(?= )|[、，；：。！？।]+|—|(?<= )[-–](?= )""")
+# A run is tried from its beginning only: from each of its characters would take the square of its length.
+_CLAUSE_END = re.compile(r"""(?<![,;:…،؛)\]])[,;:…،؛)\]]+["'”’»]*(?= )|[、，；：。！？।]+|—|(?<= )[-–](?= )""")
 _SPACE = re.compile(" ")
 # How to cut what is too long, best first: pattern, and how close to an end of the text a cut may lie.
 _CUTS = ((_CLAUSE_END, 0.25), (_SPACE, 0.0))
@@ -247,15 +248,23 @@ def _best_cut(text: str) -> int:
 
 def _pack(pieces: list[str], count: Callable[[str], int], max_tokens: int) -> list[str]:
     """Join neighbours while they fit. A piece without any token always joins: alone it could not be spoken."""
+    most = MAX_CHARS_PER_TOKEN * max_tokens  # what is longer is never counted as a whole: it may grow for long
     chunks: list[str] = []
-    chunk = ""
+    parts: list[str] = []
+    length, has_tokens = 0, False  # of the parts together
     for piece in pieces:
-        both = chunk + piece
-        if chunk and not (
-            count(both) <= max_tokens
-            and (len(both) <= MAX_CHARS_PER_TOKEN * max_tokens or not count(chunk) or not count(piece))
-        ):
-            chunks.append(chunk.strip())
-            both = piece
-        chunk = both
-    return [*chunks, chunk.strip()] if chunk.strip() else chunks
+        heard = count(piece) > 0
+        if length + len(piece) > most:
+            joins = not parts or not (has_tokens and heard)
+            after = has_tokens or heard
+        else:
+            tokens = count("".join((*parts, piece)))
+            joins, after = not parts or tokens <= max_tokens, tokens > 0
+        if not joins:
+            chunks.append("".join(parts).strip())
+            parts, length, after = [], 0, heard
+        parts.append(piece)
+        length += len(piece)
+        has_tokens = after
+    last = "".join(parts).strip()
+    return [*chunks, last] if last else chunks

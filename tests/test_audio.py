@@ -335,6 +335,26 @@ def test_what_is_no_waveform_is_named_and_not_written(tmp_path, samples, rate, f
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("suffix", "subtype", "rate"),
+    [(".ogg", None, 200_001), (".ogg", "OPUS", 22_050), (".mp3", None, 24_001), (".flac", None, 655_351)],
+)
+def test_a_rate_that_a_format_does_not_take_is_named(tmp_path, suffix, subtype, rate):
+    """libsndfile crashes on the first of them."""
+    with pytest.raises(
+        OutputError, match=rf"sample_rate is {rate}, which \w+ in \w+ does not take; write \.wav"
+    ):
+        Audio(tone(), rate).save(tmp_path / f"a{suffix}", subtype)
+    assert not list(tmp_path.iterdir())
+    Audio(tone(), 2**31 - 1).save(tmp_path / "a.wav")
+
+
+def test_half_floats_are_written(tmp_path):
+    Audio(tone().astype(np.float16), RATE).save(tmp_path / "a.wav")
+    read, _ = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    assert np.abs(read - tone()).max() < 1e-3
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     audio = Audio(tone(), np.int64(RATE))
     audio.save(tmp_path / "a.wav")

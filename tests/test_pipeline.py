@@ -282,6 +282,7 @@ class TestBadInput:
             ({"dtype": torch.float64}, "dtype is torch.float64"),
             ({"dialect": "bark"}, "dialect is 'bark'"),
             ({"max_batch": 0}, "max_batch is 0"),
+            ({"max_batch": 10**8}, "no memory for the caches of max_batch=100000000 utterances"),
         ],
     )
     def test_loading_options(self, tiny_suno_dir, options, message):

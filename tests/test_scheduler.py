@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import warnings
 from collections import deque
 
@@ -25,7 +27,7 @@ from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utterance
 from bark_fast.engine.worker import Worker
-from bark_fast.errors import OutOfPages
+from bark_fast.errors import GenerationError, OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.work import Decode, FinePass, Vocode
 
@@ -500,6 +502,73 @@ def test_a_forgotten_iterator_gives_everything_back(suno_bark, load):
     assert runner.leaks()
     del running
     assert not runner.leaks()
+
+
+def test_iterators_of_each_others_models_collected_in_rounds(suno_bark, load):
+    """Neither leader waits for the other's round to end, or both would for ever."""
+    both_in_rounds = threading.Barrier(2)
+    forgotten: dict[str, list[object]] = {}
+
+    class Collecting(SmallRunner):
+        other = ""
+
+        def step(self, model, sequences):
+            if self.other:
+                other, self.other = self.other, ""
+                both_in_rounds.wait(20)
+                forgotten[other].clear()  # what the garbage collector may do at any place
+            return super().step(model, sequences)
+
+    runners = {name: Collecting(suno_bark.runner) for name in "ab"}
+    schedulers = {name: Scheduler(runner) for name, runner in runners.items()}
+    for name, scheduler in schedulers.items():
+        running = scheduler.run(request.utterances()[0] for request, _ in five(load))
+        next(running)
+        forgotten[name] = [running]
+        del running
+    runners["a"].other, runners["b"].other = "b", "a"
+    spoken: dict[str, list[object]] = {}
+
+    def speak(name):
+        spoken[name] = list(schedulers[name].run([five(load)[0][0].utterances()[0]]))
+
+    threads = [threading.Thread(target=speak, args=(name,), daemon=True) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert all(outcome.error is None for outcomes in spoken.values() for outcome in outcomes)
+    assert not any(runner.leaks() for runner in runners.values())
+
+
+def test_a_worker_is_waited_for_at_exit_whoever_started_it(suno_bark, load):
+    worker, ended = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
+    kinds = []
+
+    def start():
+        worker.submit({0: five(load)[0][0].utterances()[0]}, ended.append)
+        kinds.extend(one.daemon for one in threading.enumerate() if one.name == "bark-fast")
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert kinds == [False]
+    while worker.under_way:
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_of_a_loaded_model_says_so(suno_bark, load, monkeypatch):
+    """Its OpenMP has no threads, and waits for them for ever."""
+    scheduler = Scheduler(SmallRunner(suno_bark.runner))
+    one = five(load)[0][0]
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(GenerationError, match=r"its fork 4711.*load the model in each process, or call"):
+        list(scheduler.run(one.utterances()))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert next(scheduler.run(one.utterances())).error is None
 
 
 def test_no_warning_without_a_fault(suno_bark, load):

@@ -245,7 +245,23 @@ class TestSplitText:
         assert all(len(tokenizer.encode(chunk)) <= 256 for chunk in chunks)
 
     @pytest.mark.parametrize(
-        "unit", ["word ", "x", "漢", "Hi there. ", "! ", "e\u0301", "\u0301", "(", "\u200b"]
+        "unit",
+        [
+            "word ",
+            "x",
+            "漢",
+            "Hi there. ",
+            "! ",
+            "e\u0301",
+            "\u0301",
+            "(",
+            "\u200b",
+            ",",
+            "…",
+            ",”",
+            "\x01\n\n",
+            "a\n\n\u200b\n\n",
+        ],
     )
     def test_long_texts_take_seconds_at_most(self, tokenizer, unit):
         text = unit * (50_000 // len(unit))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Generic, TypeAlias, TypeVar
 
-from bark_fast.engine.scheduler import Observer, Outcome, Scheduler, Utterance, parties
+from bark_fast.engine.scheduler import Observer, Outcome, Scheduler, Utterance, leads, parties
 from bark_fast.engine.worker import Worker
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.work import Work
@@ -57,7 +57,7 @@ class Replicas(Generic[T]):
             for worker in self.workers:
                 worker.cancel([number for one, number in under_way if one is worker])
             # an iterator that was forgotten may be collected in a worker's thread, which cannot wait for itself
-            if not any(worker.runs_here() for worker in self.workers):
+            if not leads() and not any(worker.runs_here() for worker in self.workers):
                 for worker in self.workers:
                     worker.settle()
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from threading import Condition, RLock, get_ident
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from bark_fast.engine.rounds import Limits, Rounds
 from bark_fast.engine.runner import Runner
@@ -25,6 +28,15 @@ WAKE_UP = 1.0
 """Seconds after which who waits looks for itself: an interrupt may come before others are notified."""
 
 
+_LEADERS: set[int] = set()
+"""Threads that carry out a round, of whichever scheduler."""
+
+
+def leads() -> bool:
+    """Whether this thread carries out a round: it must not wait for another's, whose thread may wait for it."""
+    return get_ident() in _LEADERS
+
+
 class Scheduler(Generic[T]):
     """Shares one runner among the callers of all threads; their utterances go on in the same batches.
 
@@ -39,6 +51,7 @@ class Scheduler(Generic[T]):
         self._leader: int | None = None
         self._letting_go = False
         self._leaving: deque[tuple[Session[T], frozenset[int] | None]] = deque()
+        self._process = os.getpid()
 
     def run(
         self, utterances: Iterable[Utterance[T]], observer: Observer | None = None, limit: int | None = None
@@ -74,6 +87,7 @@ class Scheduler(Generic[T]):
                     return
                 leading = True
                 self._leader = get_ident()
+                _LEADERS.add(self._leader)
             self.rounds.round()
         finally:
             if leading:
@@ -82,9 +96,16 @@ class Scheduler(Generic[T]):
                     try:
                         self._let_go()
                     finally:
+                        _LEADERS.discard(get_ident())
                         self._turn.notify_all()
 
     def _enter(self, session: Session[T], party: list[tuple[int, Utterance[T]]]) -> None:
+        if self._process != os.getpid() and torch.get_num_threads() > 1:
+            raise GenerationError(
+                f"the model was loaded by process {self._process}, and this is its fork {os.getpid()}, where "
+                f"OpenMP's threads are missing and the first step would never end: load the model in each "
+                f"process, or call torch.set_num_threads(1) in the fork first"
+            )
         with self._lock:  # not while another session's are dropped from the queue
             self.rounds.enter(session, party)
 
@@ -99,6 +120,8 @@ class Scheduler(Generic[T]):
                     return
                 if self._leader is None:
                     self._let_go()
+                elif leads():  # a round of another model's: ours are let go of all the same
+                    return
                 else:  # the one at work lets go of everybody who leaves before it begins another round
                     self._turn.wait(WAKE_UP)
 

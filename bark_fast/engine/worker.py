@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Worker(Generic[T]):
-    """Its thread starts with the first utterance and ends with the last, so that nothing has to be closed."""
+    """Its thread starts with the first utterance and ends with the last, so that nothing has to be closed.
+
+    The interpreter waits for it at its end, whoever started it: a daemon would be ended in the midst of C++.
+    """
 
     def __init__(self, scheduler: Scheduler[T]) -> None:
         self._scheduler = scheduler
@@ -53,7 +56,7 @@ class Worker(Generic[T]):
             self._callers.update(dict.fromkeys(party, (ended, observer)))
             self._order(party)
             if self._thread is None:
-                self._thread = Thread(target=self._serve, name="bark-fast")
+                self._thread = Thread(target=self._serve, name="bark-fast", daemon=False)
                 try:
                     self._thread.start()
                 except RuntimeError:  # the system has no more

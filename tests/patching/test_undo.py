@@ -473,6 +473,10 @@ def test_a_subclass_of_theirs_keeps_its_own_methods(model):
 def test_another_of_a_patched_class_is_an_original(model):
     """As helpers make them that keep an average of the weights, say."""
     originals = {part: type(getattr(model, part)) for part in ("semantic", "fine_acoustics")}
+    try:
+        originals["semantic"](model.semantic.config)
+    except AttributeError:
+        pytest.skip("transformers 4 cannot make a model without biases")
     bark_fast.patch(model)
     for part, original in originals.items():
         kind = type(getattr(model, part))
