@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from bark_fast import (
     SamplingParams,
     TextTooLong,
 )
-from bark_fast.progress import ProgressBar
+from bark_fast.progress import Progress, ProgressBar
 from bark_fast.stages.semantic import max_tokens
 
 soundfile = pytest.importorskip("soundfile")
@@ -215,6 +216,17 @@ class TestProgress:
         suno_bark.generate(["One.", "Two."], seed=0, max_seconds=0.5, progress=True)
         assert filled == sorted(filled)
         assert filled[-1] == pytest.approx(200)
+
+    def test_the_bar_does_not_look_at_all_texts_at_every_token(self, suno_bark):
+        """Of 200,000 texts, 3,000 events; summing the texts at each would take ten seconds and more."""
+        bar = ProgressBar(suno_bark.config.layout, [1] * 200_000)
+        start = time.perf_counter()
+        for index in range(3000):
+            bar(Progress(index, 0, "coarse", 1, 2))
+        took = time.perf_counter() - start
+        assert bar.bar.n == pytest.approx(3000 * 100 * (0.15 + 0.65 / 2))
+        bar.close(finished=False)
+        assert took < 3
 
     def test_an_exception_in_the_callback_reaches_the_caller(self, suno_bark):
         def boom(event):

@@ -14,7 +14,7 @@ from bark_fast.patching.shared import Names, places_of
 
 MODULE = "transformers.models.bark.modeling_bark"
 _OF_ATTENTION = ("forward", "_attn", "_split_heads", "_merge_heads")
-_OF_MODELS = ("_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+_OF_MODELS = ("forward", "_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 _CAUSAL: WeakKeyDictionary[nn.Module, tuple[ReferenceType[Tensor], int]] = WeakKeyDictionary()
 """Attentions whose mask was found to be causal, and which tensor of which version it was."""
 
@@ -42,9 +42,8 @@ def why_not_model(model: Any, config: GPTConfig, names: Names, causal: bool) -> 
 
     names: of Bark's parameters within it. Its blocks have been looked at.
     """
-    kind = _original(model)
-    if name := _replaced(model, _OF_MODELS) or _replaced(kind, ("forward",)):
-        return f"a {kind.__name__} with a {name} of its own"
+    if name := _replaced(model, _OF_MODELS):
+        return f"a {_original(model).__name__} with a {name} of its own"
     if reason := _why_not_dropout(model.drop):
         return reason
     for block in model.layers:
@@ -57,18 +56,19 @@ def why_not_model(model: Any, config: GPTConfig, names: Names, causal: bool) -> 
     return None
 
 
-def _replaced(owner: Any, names: Iterable[str]) -> str | None:
+def _replaced(module: nn.Module, names: Iterable[str]) -> str | None:
     """The first of these methods that transformers did not write: of the class, or of the object alone.
 
-    A fast class is passed over. What wraps one of theirs is told by where it was defined, not by its name.
+    A fast class is passed over, and so is an object's own forward, which is a hook (`is_hooked`). What wraps
+    one of theirs is told by where it was defined, not by its name.
     """
-    kind = owner if isinstance(owner, type) else _original(owner)
+    kind = _original(module)
     for name in names:
         method = getattr(kind, name, None)
         where = getattr(method, "__globals__", {}).get("__name__", "")
         if method is not None and not where.startswith("transformers."):
             return name
-        if owner is not kind and name != "forward" and name in vars(owner):
+        if name != "forward" and name in vars(module):
             return name
     return None
 
