@@ -12,6 +12,7 @@ from pathlib import Path
 import interpreter
 import numpy as np
 import pytest
+import simulated_cuda
 import torch
 from oracles import require, suno
 from peers import HFPeer, SunoPeer
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_by_workers(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Say where pytest-xdist's workers keep what one of them makes for all."""
+    folder = tmp_path_factory.getbasetemp()
+    simulated_cuda.folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from tempfile import mkdtemp
 from types import ModuleType
 from typing import Any
 
@@ -96,7 +96,17 @@ class SimulatedCuda:
         return call
 
 
+folder: Path | None = None
+"""Where the module is kept: the same for all processes of a test run. Set by conftest.py."""
+
+
 @cache
 def simulated_cuda() -> SimulatedCuda:
-    """Compiled once a process."""
-    return SimulatedCuda(load(build(Path(mkdtemp()) / "simulated_cuda.so")))
+    """Compiled once a test run: whoever comes first does it for the others."""
+    assert folder is not None
+    module = folder / "simulated_cuda.so"
+    with (folder / "simulated_cuda.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not module.exists():
+            build(folder / "building.so").rename(module)
+    return SimulatedCuda(load(module))

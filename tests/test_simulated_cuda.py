@@ -50,9 +50,8 @@ def test_cuda_sources_are_clean_under_sanitizers(tmp_path: Path) -> None:
     ]
     if not all(Path(library).is_absolute() for library in libraries):
         pytest.skip(f"{COMPILER} has no shared libasan and libubsan")
-    module = build(
-        tmp_path / "simulated_cuda.so", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"
-    )
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    module = build(tmp_path / "simulated_cuda.so", "-O0", "-g1", *flags)
     settings = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
 
     def run(program: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from bark_fast.patching.hf_rules import request_of
 from bark_fast.work import Decoded
 
 TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
-SHORT = {"semantic_max_new_tokens": 50}
+SHORT = {"semantic_max_new_tokens": 30}
 pytestmark = pytest.mark.usefixtures("hf_peer")
 
 

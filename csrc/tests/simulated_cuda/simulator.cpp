@@ -1,4 +1,6 @@
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <memory>
@@ -18,14 +20,61 @@ int processors = 132;
 
 namespace {
 
+// Where somebody stopped, on a stack of their own; `leave` stops there and goes on at `to`.
+#if defined(__x86_64__)
+// swapcontext asks the kernel for the signal mask at every turn, which takes most of a test's time
+struct Place {
+    void* stack_pointer;
+};
+extern "C" void simulated_leave(Place* from, const Place* to);
+asm(R"(
+    .text
+    .type simulated_leave, @function
+simulated_leave:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq (%rsi), %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size simulated_leave, . - simulated_leave
+)");
+void leave(Place& from, const Place& to) { simulated_leave(&from, &to); }
+void prepare(Place& place, char* stack, size_t bytes, void (*entry)()) {
+    auto top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15});
+    *--top = nullptr;  // where entry would return to, so that the stack is aligned as after a call
+    *--top = reinterpret_cast<void*>(entry);
+    place.stack_pointer = top - 6;  // what is popped first does not matter
+}
+#else
+using Place = ucontext_t;
+void leave(Place& from, const Place& to) { swapcontext(&from, &to); }
+void prepare(Place& place, char* stack, size_t bytes, void (*entry)()) {
+    getcontext(&place);
+    place.uc_stack.ss_sp = stack;
+    place.uc_stack.ss_size = bytes;
+    makecontext(&place, entry, 0);
+}
+#endif
+
 constexpr size_t kStackBytes = 256 << 10;
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
 
 enum class State { ready, at_shuffle, at_barrier, done };
 
 struct Fiber {
-    ucontext_t context;
+    Place place;
     std::unique_ptr<char[]> stack;
+    bool begun;  // its thread of the last block has ended, and waits for the next block's
     State state;
     unsigned shuffles;  // how many it has passed; its parity picks the slots, so nobody overwrites what is still read
 };
@@ -40,7 +89,7 @@ std::vector<Fiber> fibers;
 std::vector<unsigned> order, places;  // the order in which threads take turns, and each thread's place in it
 Warp warps[kMostThreads / kWarp];
 unsigned threads, current, waiting;
-ucontext_t outside;
+Place outside;
 const std::function<void()>* body;
 std::string failure;
 std::mt19937 randomness;
@@ -48,7 +97,8 @@ std::mt19937 randomness;
 [[noreturn]] void give_up(const std::string& why) {
     failure = why + " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
               std::to_string(blockIdx.z) + ")";
-    setcontext(&outside);  // the block's other fibers are left where they are; they own nothing
+    for (Fiber& fiber : fibers) fiber.begun = false;  // left where they are; they own nothing
+    leave(fibers[current].place, outside);
     __builtin_unreachable();
 }
 
@@ -61,7 +111,7 @@ void take_turns() {
         if (next == current) return;
         current = next;
         threadIdx = {next, 0, 0};
-        swapcontext(&mine.context, &fibers[next].context);
+        leave(mine.place, fibers[next].place);
         return;
     }
     for (unsigned thread = 0; thread < threads; ++thread) {
@@ -71,13 +121,15 @@ void take_turns() {
                 (shuffle ? "shuffle that not all lanes of its warp reach"
                          : "barrier that not all threads of its block reach"));
     }
-    setcontext(&outside);
+    leave(mine.place, outside);
 }
 
 void start() {
-    (*body)();
-    fibers[current].state = State::done;
-    take_turns();
+    for (;;) {
+        (*body)();
+        fibers[current].state = State::done;
+        take_turns();
+    }
 }
 
 void run_block() {
@@ -97,14 +149,12 @@ void run_block() {
         Fiber& fiber = fibers[order[place]];
         fiber.state = State::ready;
         fiber.shuffles = 0;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        makecontext(&fiber.context, start, 0);
+        if (!fiber.begun) prepare(fiber.place, fiber.stack.get(), kStackBytes, start);
+        fiber.begun = true;
     }
     current = order[0];
     threadIdx = {current, 0, 0};
-    swapcontext(&outside, &fibers[current].context);
+    leave(outside, fibers[current].place);
 }
 
 }  // namespace
@@ -121,6 +171,7 @@ bool run(dim3 grid, dim3 block, const std::function<void()>& thread) {
         failure = "the grid is empty or larger than CUDA's";
         return false;
     }
+    fibers.reserve(kMostThreads);  // whoever waits must not be moved
     while (fibers.size() < threads) {
         fibers.emplace_back();
         fibers.back().stack.reset(new char[kStackBytes]);
