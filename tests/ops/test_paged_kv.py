@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from paged_batches import Batch, attend, contiguous, make_batch
-from simulated_cuda import simulated_cuda, why_not
+from simulated_cuda import OnCuda, simulated_cuda, why_not
 from torch import Tensor
 
 from bark_fast import extension
@@ -20,7 +20,7 @@ ISAS = C.isas() if C is not None else []
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FLOOR = {torch.float32: 2e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 """About one rounding of the output: where torch happens to be exact, nobody else has to be."""
-EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 640, 1023, 1024]
+EDGES = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 640, 1023, 1024]
 
 needs_compiled = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -74,6 +74,49 @@ def test_several_query_rows_are_causal_bottom_right(isa: str, dtype: torch.dtype
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_batches_of_one_to_sixty_four(isa: str, size: int) -> None:
     check(make_batch([1 + 37 * seq % 200 for seq in range(size)], dtype=torch.bfloat16))
+
+
+RAGGED = [1 + 331 * seq % 1024 for seq in range(62)] + [1023, 1024]
+"""64 lengths all over 1 to 1,024."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sixty_four_lengths_up_to_the_longest(isa: str, dtype: torch.dtype) -> None:
+    batch = make_batch(RAGGED, [1 + seq % 3 for seq in range(64)], n_head=2, dtype=dtype)
+    batch.block_table[5, : 1 + RAGGED[5] // 16] = batch.block_table[63, : 1 + RAGGED[5] // 16]  # shared pages
+    check(batch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_rows_of_sixty_four_sequences_are_stored_and_seen(isa: str, dtype: torch.dtype) -> None:
+    check_append(
+        make_batch(RAGGED, [min(1 + seq % 3, RAGGED[seq]) for seq in range(64)], n_head=2, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tables_and_results_may_be_parts_of_wider_ones(isa: str, dtype: torch.dtype) -> None:
+    """Rows of a table and of the results that lie apart, as the engine's slices of a batch do."""
+    batch = make_batch(*NEW, dtype=dtype)
+    after, slots = batch.split_off_new()
+    truth = attend(after, torch.float64)
+    table = torch.full((10, batch.block_table.shape[1] + 5), 10_000, dtype=torch.int32)
+    table[1:9, :-5] = batch.block_table
+    padded = torch.full((len(truth) + 2, truth.shape[1] + 64), 7.0, dtype=dtype)
+    spread = torch.full((2, len(slots) + 3), -7)
+    spread[1, 1:-2] = slots
+    out = padded[1:-1, 24:-40]
+    pages, starts = (batch.k_pages, batch.v_pages), batch.query_starts
+    for _ in range(2):  # stored by the first, there for the second
+        paged_kv.append_attention(
+            batch.qkv, *pages, table[1:9, :-5], batch.lengths, starts, spread[1, 1:-2], out
+        )
+        assert float((out.double() - truth).abs().max()) <= bound(after, truth)
+        out.fill_(torch.nan)
+    paged_kv.paged_attention(batch.query, *pages, table[1:9, :-5], batch.lengths, starts, out)
+    assert float((out.double() - truth).abs().max()) <= bound(after, truth)
+    padded[1:-1, 24:-40] = 7.0
+    assert (padded == 7.0).all()  # nothing beside the results was written
 
 
 def test_a_long_context_is_split_over_many_threads() -> None:
@@ -321,6 +364,45 @@ def test_attention_refuses_before_it_writes(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paged_kv.paged_attention(**arguments)
     assert (arguments["out"] == 7).all()
+
+
+@pytest.mark.skipif(bool(why_not()), reason=why_not() or "it compiles")
+@pytest.mark.parametrize(
+    "stray", ["v_pages", "block_table", "lengths", "query_starts", "out", "slots", "query"]
+)
+def test_a_tensor_on_another_device_is_refused_before_anything_is_written(stray: str) -> None:
+    module = simulated_cuda().module
+    batch = make_batch([20, 60], [1, 3])
+    before, out = batch.k_pages.clone(), torch.full((4, 768), 7.0)
+    names = ("query", "k_pages", "v_pages", "block_table", "lengths", "query_starts")
+    tensors = dict(zip(names, batch.arguments(), strict=True)) | {"out": out, "qkv": batch.qkv}
+    tensors["slots"] = batch.new_slots()
+    wrong = {"query": ("query", "qkv")}.get(stray, (stray,))
+    for home, message in (("cuda:0", "is on cpu; expected cuda:0 as k_pages"),
+                          ("cpu", "is on cuda:0; expected cpu as k_pages")):  # fmt: skip
+        there = {
+            name: OnCuda(one) if (home == "cuda:0") != (name in wrong) else one for name, one in tensors.items()
+        }
+        attended = [there[name] for name in (*names, "out")]
+        appended = [there[name] for name in ("qkv", *names[1:], "slots", "out")]
+        if stray != "slots":
+            with pytest.raises(ValueError, match=f"{stray} {message}"):
+                module.paged_attention(*attended, 0.125, None, None, 1, 0)
+        with pytest.raises(ValueError, match=f"{wrong[-1]} {message}"):
+            module.append_attention(*appended, 0.125, None, None, 1, 0)
+        if stray in ("v_pages", "slots", "query"):
+            with pytest.raises(ValueError, match=f"{wrong[-1]} {message}"):
+                module.append_kv(*(there[name] for name in ("qkv", "k_pages", "v_pages", "slots")), 1, 0)
+    pairs, (k_pages, table) = torch.tensor([[0, 1]], dtype=torch.int32), (batch.k_pages, batch.block_table[0])
+    with pytest.raises(ValueError, match="pairs is on cpu; expected cuda:0"):
+        module.copy_pages(OnCuda(k_pages), OnCuda(batch.v_pages), pairs, 1, 0)
+    with pytest.raises(ValueError, match="block_table is on cpu; expected cuda:0"):
+        module.gather_kv(
+            OnCuda(k_pages), table, 20, OnCuda(out.view(12, 4, 64)[:, :1].new_zeros(12, 20, 64)), 1, 0
+        )
+    with pytest.raises(ValueError, match="pairs is on cuda; expected cpu"):
+        module.swap_pages(OnCuda(k_pages), k_pages.clone(), OnCuda(pairs), 1, 0)
+    assert (out == 7).all() and torch.equal(k_pages.nan_to_num(), before.nan_to_num())
 
 
 def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
