@@ -31,8 +31,8 @@ def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        call()  # a capture that fails leaves its stream current; the outer block does not
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -102,7 +102,7 @@ part() { # part NAME SECONDS COMMAND...: run, log, and keep a line for the table
     else
         echo "no time was left" > "$out/$name.log"
     fi
-    printf '%-14s exit %-7s %4s s  %s\n' "$name" $status $((($(now) - start) / 1000)) \
+    printf '%-17s exit %-7s %4s s  %s\n' "$name" $status $((($(now) - start) / 1000)) \
         "$(tail -n 1 "$out/$name.log" | cut -c1-70)" > "$out/$name.status"
 }
 begin() { # begin NAME SECONDS COMMAND...: a part beside others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -48,6 +49,33 @@ def test_the_host_launches_before_the_clock_of_the_gpu_starts(monkeypatch: pytes
     calls: list[int] = []
     assert gpu_timing.replay_times(lambda: calls.append(1), repeats=7) == [2e-3] * 2
     assert said == ["sleep", "record", "replay", "record"] * 7 and len(calls) == 4
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = ["the program's"]
+
+    @contextmanager
+    def stream(of: str) -> Iterator[None]:
+        before, current[0] = current[0], of
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(graph: object, stream: str = "torch's for captures") -> Iterator[None]:
+        current[0] = stream
+        yield
+        raise RuntimeError("capture failed")  # as torch's does before it sets the stream back
+
+    side = SimpleNamespace(wait_stream=lambda _: None, synchronize=lambda: None)
+    cuda = SimpleNamespace(
+        Stream=lambda: side, current_stream=lambda: None, stream=stream, CUDAGraph=object, graph=graph
+    )
+    monkeypatch.setattr(gpu_timing, "torch", SimpleNamespace(cuda=cuda))
+    with pytest.raises(RuntimeError, match="capture failed"):
+        gpu_timing.replay_times(lambda: None)
+    assert current == ["the program's"]
 
 
 def test_an_error_that_stays_ends_the_program_after_the_row_that_says_it(
