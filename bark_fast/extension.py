@@ -47,6 +47,13 @@ def why_not() -> str:
     return _attempt()[1]
 
 
+def cuda_fault(gpu: int) -> str:
+    """What keeps the CUDA part from running on this GPU, and what was built; empty when nothing does."""
+    module = load()
+    fault = why_not() if module is None else module.cuda_fault(gpu)
+    return f"{fault}; {describe()}" if fault else ""
+
+
 def describe() -> str:
     """One line on what was built, as setup.py said it."""
     module, reason = _attempt()

@@ -1,11 +1,11 @@
-"""Attention over contiguous keys on a GPU, beside every SDPA backend by name, math under torch.compile and
-the FLOP roofline.
+"""Attention over contiguous keys on a GPU, beside every SDPA backend by name, torch's operations one by one,
+eager and under torch.compile, and the FLOP roofline.
 
-python benchmarks/bench_attention.py [--tune] [--no-rows]. Queries, keys and values are views of packed
-projections (batch, time, 3, heads, 64), as the models have them. A figure is one replay of a CUDA graph that
-goes through so many layers that each finds the L2 cold. Target: at least 0.95 of the speed of the fastest SDPA
-backend. The roofline is the products' operations over the measured rate of torch's matrix product in the same
-dtype. Not yet run anywhere: there was no GPU when it was written.
+python benchmarks/bench_attention.py [--tune] [--no-compile] [--no-rows]. Queries, keys and values are views of
+packed projections (batch, time, 3, heads, 64), as the models have them. A figure is one replay of a CUDA graph
+that goes through so many layers that each finds the L2 cold. Target: at least 0.95 of the speed of the fastest
+SDPA backend. The roofline is the products' operations over the measured rate of torch's matrix product in the
+same dtype. Not yet run anywhere: there was no GPU when it was written.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from gpu_timing import COLD_BYTES, matmul_rate, replay_times, require_gpu
-from harness import append_rows, quantiles
+from gpu_timing import COLD_BYTES, going_on, matmul_rate, replay_times, require_gpu, try_quantiles
+from harness import NO_TARGET, append_rows, at_least, quantiles, ratio, verdict
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,7 +30,7 @@ from bark_fast.ops.dispatch import prefer
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 TIME, HEAD_DIM = 1024, 64
 TARGET = 0.95
-SHAPES = list(product((12, 16), (1, 8), (False, True)))
+SHAPES = list(product((16, 12), (1, 8), (False, True)))
 """(heads, batch, causal)."""
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -61,12 +61,15 @@ def math(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def contenders(causal: bool) -> Iterator[tuple[str, Attend]]:
-    """Every way to compute it, by name."""
-    yield "ours", partial(ours, causal=causal)
+def contenders(causal: bool, compiles: bool) -> Iterator[tuple[str, Attend]]:
+    """Every way to compute it, by name; ours after those that it is held against."""
     for name, backend in BACKENDS.items():
         yield name, partial(sdpa, causal=causal, backend=backend)
-    yield "math, torch.compile (default)", partial(torch.compile(math), causal=causal)
+    yield "ours", partial(ours, causal=causal)
+    yield "formula, eager", partial(math, causal=causal)
+    if compiles:
+        torch.compiler.reset()  # it compiles one function a few times only, and is eager from then on
+        yield "formula, torch.compile (default)", partial(torch.compile(math), causal=causal)
 
 
 def layers(heads: int, batch: int, dtype: torch.dtype, device: str, cold: int = COLD_BYTES) -> list[Tensor]:
@@ -92,35 +95,35 @@ def operations(heads: int, batch: int, causal: bool) -> int:
     return 4 * batch * heads * HEAD_DIM * pairs
 
 
-def measure(dtype: torch.dtype, rate: float, device: str = "cuda") -> Iterator[list[dict[str, Any]]]:
-    """The rows of each shape in one dtype."""
-    for heads, batch, causal in SHAPES:
-        rows: list[dict[str, Any]] = []
-        projections = layers(heads, batch, dtype, device)
-        floor = operations(heads, batch, causal) / rate
-        times: dict[str, dict[str, float]] = {}
-        torch.compiler.reset()  # it compiles one function a few times only, and is eager from then on
-        for name, attend in contenders(causal):
-            try:
-                times[name] = quantiles(seconds(attend, projections))
-            except (RuntimeError, torch.cuda.OutOfMemoryError) as why:
-                if name == "ours":
-                    raise
-                print(f"  {name} does not run {dtype}, causal {causal}: {str(why).splitlines()[0]}")
-        best = min((name for name in times if name in BACKENDS), key=lambda name: times[name]["p50"])
-        for name, time in times.items():
-            speed = times[best]["p50"] / time["p50"]
-            label, share = str(dtype).removeprefix("torch."), floor / time["p50"]
+def measure(
+    shape: tuple[int, int, bool], dtype: torch.dtype, rate: float, compiles: bool, device: str = "cuda"
+) -> Iterator[dict[str, Any]]:
+    """The rows of one shape: SDPA's backends, ours beside the best of them, and the formula."""
+    heads, batch, causal = shape
+    projections = layers(heads, batch, dtype, device)
+    floor = operations(heads, batch, causal) / rate
+    label = str(dtype).removeprefix("torch.")
+    best: tuple[float, str] | None = None
+    for name, attend in contenders(causal, compiles):
+        described = f"{label:9} {heads} heads, batch {batch}, causal {causal!s:5} {name:32}"
+        time = try_quantiles(described, partial(seconds, attend, projections))
+        if name in BACKENDS and not time["error"]:
+            best = min(best or (time["p50"], name), (time["p50"], name))
+        speed = "" if name in BACKENDS or best is None else ratio(best[0], time["p50"])
+        row = {
+            "dtype": label, "n_head": heads, "batch": batch, "time": TIME, "causal": causal,
+            "contender": name, "unit": "s a layer", **time, "share_of_roofline": ratio(floor, time["p50"]),
+            "best_sdpa": "" if best is None or speed == "" else best[1], "speed_of_best_sdpa": speed,
+            **(at_least(speed, TARGET) if name == "ours" else NO_TARGET),
+        }  # fmt: skip
+        if not time["error"]:
+            beside = f", {speed:5.2f} x {best[1]}" if best and speed != "" else ""
             print(
-                f"{label:9} {heads} heads, batch {batch}, causal {causal!s:5} {name:30} "
-                f"{1e6 * time['p50']:8.1f} us, {100 * share:5.1f} % of roofline, {speed:5.2f} x {best}"
+                f"{described} {1e6 * time['p50']:8.1f} us, {100 * row['share_of_roofline']:5.1f} % of roofline"
+                f"{beside}{verdict(row, f'at least {TARGET} x')}",
+                flush=True,
             )
-            rows.append({
-                "dtype": label, "n_head": heads, "batch": batch, "time": TIME, "causal": causal,
-                "contender": name, "unit": "s a layer", **time, "share_of_roofline": share, "best_sdpa": best,
-                "speed_of_best_sdpa": speed, "target_met": speed >= TARGET if name == "ours" else "",
-            })  # fmt: skip
-        yield rows
+        yield row
 
 
 def tune(dtype: torch.dtype, device: str = "cuda") -> None:
@@ -147,6 +150,7 @@ def main() -> None:
     """Measure all shapes and append their rows, or tune."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="Try launch-table entries and print the best.")
+    parser.add_argument("--no-compile", action="store_true", help="Leave torch.compile out.")
     parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
@@ -158,9 +162,13 @@ def main() -> None:
                 continue
             rate = matmul_rate(dtype)
             print(f"{dtype} matrix product: {rate / 1e12:.0f} TFLOP/s")
-            for rows in measure(dtype, rate):
-                if not options.no_rows:
-                    append_rows("attention", rows)  # at once: what is interrupted keeps what it measured
+            for shape in SHAPES:
+                with going_on(f"{dtype}, {shape}"):
+                    for row in measure(shape, dtype, rate, compiles=not options.no_compile):
+                        if not options.no_rows:
+                            append_rows(
+                                "attention", [row]
+                            )  # at once: what is interrupted keeps what it measured
 
 
 if __name__ == "__main__":

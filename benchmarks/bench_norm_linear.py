@@ -1,11 +1,10 @@
 """Linear layers of Bark on a GPU: time, share of the copy bandwidth or of the matmul rate, and their peers.
 
-python benchmarks/bench_norm_linear.py [--tune]. Each figure is one replay of a CUDA graph that calls the layer
-on copies of its weight which together exceed the L2, so weights are cold and launches cost what they cost in a
-decode step. Peers: torch eager, torch.compile in its default mode, and cuBLAS's product alone. Target, H200:
-one row at 80 % of the measured copy bandwidth. --tune tries tiles and prints entries for TUNED in
-kernels/norm_linear.py.
-Not yet run anywhere: there was no GPU when it was written.
+python benchmarks/bench_norm_linear.py [--tune] [--no-compile]. Each figure is one replay of a CUDA graph that
+calls the layer on copies of its weight which together exceed the L2, so weights are cold and launches cost
+what they cost in a decode step. Peers: torch eager, torch.compile in its default mode, and cuBLAS's product
+alone. Target, H200: one row at 80 % of the measured copy bandwidth. --tune tries tiles and prints entries for
+TUNED in kernels/norm_linear.py. Not yet run anywhere: there was no GPU when it was written.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import copy_bandwidth, matmul_rate, replay_times, require_gpu
-from harness import append_rows, quantiles
+from gpu_timing import copy_bandwidth, going_on, matmul_rate, replay_times, require_gpu, try_quantiles
+from harness import NO_TARGET, append_rows, at_least, quantiles, ratio, verdict
 from torch import Tensor
 
 from bark_fast.kernels import gemv, matmul
@@ -100,43 +100,42 @@ def by_torch(layer: Layer, o: Operands) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def seconds(call: Callable[[Tensor], Any], weights: Tensor) -> dict[str, float]:
-    """Quantiles of the time of one call, over copies of the weight."""
+def seconds(call: Callable[[Tensor], Any], weights: Tensor) -> list[float]:
+    """Of one call, replay by replay, over copies of the weight."""
 
     def all_copies() -> None:
         for weight in weights.unbind():
             call(weight)
 
-    return quantiles([time / len(weights) for time in replay_times(all_copies)])
+    return [time / len(weights) for time in replay_times(all_copies)]
 
 
 def figures(
     layer: Layer, rows: int, dtype: torch.dtype, device: str, copy: float, rate: float,
-    cold_bytes: int = COLD_BYTES,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows for the results: ours, ours with dependent launches, and the peers."""
+    cold_bytes: int = COLD_BYTES, compiles: bool = True,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Rows for the results: ours, ours with dependent launches, and the peers, torch.compile last."""
     o = operands(layer, rows, dtype, device, cold_bytes)
-    size = dtype.itemsize * (layer.n * layer.k + rows * (layer.k + layer.n * (2 if layer.added else 1)))
-    operations = 2 * rows * layer.n * layer.k
-    arch = target_of(o.x.device).arch
+    size = float(dtype.itemsize * (layer.n * layer.k + rows * (layer.k + layer.n * (2 if layer.added else 1))))
+    operations = 2.0 * rows * layer.n * layer.k
     calls: dict[str, Callable[[Tensor], Any]] = {"bark_fast": ours(layer, o)}
-    if arch >= 90 and rows <= 64:
-        calls["bark_fast pdl"] = ours(layer, o, pdl=True)
     calls["torch eager"] = by_torch(layer, o)
-    calls["torch.compile (default)"] = torch.compile(by_torch(layer, o), dynamic=False)
     calls["cublas alone"] = lambda weight: F.linear(o.x, weight)
-    found = []
+    if target_of(o.x.device).arch >= 90 and rows <= 64:
+        calls["bark_fast pdl"] = ours(layer, o, pdl=True)
+    if compiles:
+        torch.compiler.reset()  # it compiles one function a few times only, and is eager from then on
+        calls["torch.compile (default)"] = torch.compile(by_torch(layer, o), dynamic=False)
     for name, call in calls.items():
-        time = seconds(call, o.weights)
-        share = size / time["p50"] / copy
-        met = "" if rows > 1 or not name.startswith("bark_fast") else str(share >= TARGET_SHARE)
-        found.append({
+        time = try_quantiles(f"{name}: {layer.name}, {rows} rows, {dtype}", partial(seconds, call, o.weights))
+        share = ratio(size / copy, time["p50"])
+        has_target = rows == 1 and name.startswith("bark_fast")
+        yield {
             "layer": layer.name, "n": layer.n, "k": layer.k, "rows": rows,
             "dtype": str(dtype).removeprefix("torch."), "backend": name, "unit": "s", **time,
-            "share_of_copy_bandwidth": share, "share_of_matmul_rate": operations / time["p50"] / rate,
-            "target": TARGET_SHARE if met else "", "target_met": met,
-        })  # fmt: skip
-    return found
+            "share_of_copy_bandwidth": share, "share_of_matmul_rate": ratio(operations / rate, time["p50"]),
+            **(at_least(share, TARGET_SHARE) if has_target else NO_TARGET),
+        }  # fmt: skip
 
 
 def candidates(layer: Layer, rows: int, dtype: torch.dtype) -> Iterator[kernels.Plan]:
@@ -176,7 +175,7 @@ def best(
             return kernels.planned(plan, o.x, norm, weight, None, residual, layer.gelu, o.scratch)
 
         try:
-            times.append((seconds(call, o.weights)["p50"], plan))
+            times.append((quantiles(seconds(call, o.weights))["p50"], plan))
         except OutOfResources:
             continue
     time, plan = min(times, key=lambda pair: pair[0])
@@ -196,8 +195,9 @@ def options_of(description: str | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tune", action="store_true", help="Search for tiles instead.")
+    parser.add_argument("--no-compile", action="store_true", help="Leave torch.compile out.")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--width", type=int, nargs="+", default=(768, 1024))
+    parser.add_argument("--width", type=int, nargs="+", default=(1024, 768))
     parser.add_argument("--dtype", nargs="+", default=("bfloat16", "float16", "float32"))
     parser.add_argument("--no-rows", action="store_true", help="Print only.")
     options = parser.parse_args()
@@ -205,21 +205,24 @@ def options_of(description: str | None) -> argparse.Namespace:
     return options
 
 
-def measured(row: dict[str, Any]) -> str:
-    """What a row's figures are, for people."""
-    return (
-        f"{row['backend']:23} {1e6 * row['p50']:8.2f} us {100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
-        f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul  {row['target_met']}"
-    )
+def show(shape: str, row: dict[str, Any], wanted: str) -> None:
+    """Print a row's figures; of what failed that was printed."""
+    if not row["error"]:
+        print(
+            f"{row['dtype']:9} {shape} {row['backend']:23} {1e6 * row['p50']:8.2f} us "
+            f"{100 * row['share_of_copy_bandwidth']:5.1f} % of copy "
+            f"{100 * row['share_of_matmul_rate']:5.1f} % of matmul{verdict(row, wanted)}",
+            flush=True,
+        )
 
 
 def main() -> None:
-    """Measure all layers, or search for their tiles."""
+    """Measure all layers, one row of them first, or search for their tiles."""
     options = options_of(__doc__)
     shapes = [
         (layer, rows, getattr(torch, dtype))
-        for dtype in options.dtype for width in options.width
-        for layer in layers(width) for rows in options.rows
+        for dtype in options.dtype for rows in options.rows
+        for width in options.width for layer in layers(width)
     ]  # fmt: skip
     if options.tune:
         arch = target_of(torch.device("cuda", torch.cuda.current_device())).arch
@@ -230,12 +233,12 @@ def main() -> None:
     rates = {dtype: matmul_rate(dtype) for dtype in {dtype for _, _, dtype in shapes}}
     print(f"copy bandwidth {copy / 1e12:.2f} TB/s, {rates}")
     for layer, rows, dtype in shapes:
-        torch.compiler.reset()
-        found = figures(layer, rows, dtype, "cuda", copy, rates[dtype])
-        for row in found:
-            print(f"{row['dtype']:9} {layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5} {measured(row)}")
-        if not options.no_rows:
-            append_rows("norm_linear", found)  # at once: what is interrupted keeps what it measured
+        shape = f"{layer.name:14} {layer.n:6}x{layer.k:<5} rows {rows:5}"
+        with going_on(shape):
+            for row in figures(layer, rows, dtype, "cuda", copy, rates[dtype], compiles=not options.no_compile):
+                show(shape, row, f"at least {100 * TARGET_SHARE:.0f} % of copy")
+                if not options.no_rows:
+                    append_rows("norm_linear", [row])  # at once: what is interrupted keeps what it measured
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from harness import quantiles
@@ -29,8 +31,8 @@ def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+        call()  # a capture that fails leaves its stream current; the outer block does not
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -41,6 +43,31 @@ def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return times[5:]
+
+
+@contextmanager
+def going_on(what: str) -> Iterator[list[str]]:
+    """Print an error of the block after "FAILED", for who searches logs, and go on; yields what was printed.
+
+    It begins by waiting for the GPU. Where an error of CUDA stays, as that of an illegal address does, this
+    raises and ends the program, after what came before has kept its rows.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    said: list[str] = []
+    try:
+        yield said
+    except Exception as why:  # compilers of kernels raise in many ways
+        said.append(" ".join(f"{type(why).__name__}: {why}".split())[:200])
+        print(f"FAILED {what}: {said[0]}", flush=True)
+
+
+def try_quantiles(what: str, times: Callable[[], list[float]]) -> dict[str, Any]:
+    """Quantiles of what `times` measures, empty where it fails, and the column "error", which says why."""
+    found: dict[str, Any] = {"p20": "", "p50": "", "p80": "", "repeats": 0}
+    with going_on(what) as said:
+        found = quantiles(times())
+    return {**found, "error": "".join(said)}
 
 
 def copy_bandwidth() -> float:

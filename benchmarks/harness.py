@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def machine(device: str | None = None) -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB{best}"
 
 
+@cache
 def commit() -> str:
     """Short hash of the checkout, with + when files differ from it."""
     where = Path(__file__).parent
@@ -80,6 +82,29 @@ def quantiles(values: list[float]) -> dict[str, float]:
     """p20, p50 and p80 of repeated measurements, and how many there were."""
     p20, p50, p80 = np.quantile(values, (0.2, 0.5, 0.8))
     return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "repeats": len(values)}
+
+
+NO_TARGET = {"target": "", "met": ""}
+
+
+def at_most(value: float | str, bound: float) -> dict[str, Any]:
+    """Columns "target" and "met" of a figure; one that could not be measured does not meet it."""
+    return {"target": bound, "met": value <= bound if isinstance(value, float) else False}
+
+
+def at_least(value: float | str, bound: float) -> dict[str, Any]:
+    """As `at_most`."""
+    return {"target": bound, "met": value >= bound if isinstance(value, float) else False}
+
+
+def ratio(one: float | str, other: float | str) -> float | str:
+    """One over the other; empty where either could not be measured."""
+    return one / other if isinstance(one, float) and isinstance(other, float) else ""
+
+
+def verdict(row: dict[str, Any], wanted: str) -> str:
+    """Whether a row meets its target, for people, and for who searches logs for "wanted"; empty without one."""
+    return "" if row["target"] == "" else f", wanted {wanted}: {'met' if row['met'] else 'NOT MET'}"
 
 
 def checkpoint(parent: Path, size: Any, layout: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import bench_e2e
 import bench_engine
+import numpy as np
 import one_utterance
 import pytest
 import torch
@@ -175,9 +177,53 @@ def test_a_patch_is_warm_when_it_is_timed(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_e2e, "patched", watched)
     options = Namespace(device="cpu", dtype="float32", size="tiny", seconds=4.0, peers=["transformers"])
     calls = bench_e2e.contenders(tmp_path, options)
-    assert list(calls) == ["transformers", "transformers, patched", "bark_fast (hf dialect)"]
+    assert list(calls) == ["bark_fast (hf dialect)", "transformers", "transformers, patched"]
     calls["transformers, patched"](4.0)
     assert events == ["patched", 75, 200, "undone"]
+
+
+def spoken(name: str, tokens: int, seconds: float) -> SimpleNamespace:
+    """What a contender of bench_e2e.py gives for one second of audio; only ours keeps tokens apart."""
+    drawn = {stage: np.array([tokens]) for stage in bench_e2e.STAGES[:3]}
+    kept = {"tokens": SimpleNamespace(**drawn)} if name.startswith("bark_fast") else drawn
+    timings = dict.fromkeys(bench_e2e.STAGES, seconds / 4)
+    return SimpleNamespace(samples=np.zeros(24_000), timings=timings, **kept)
+
+
+def test_who_has_spoken_has_its_rows_whatever_comes_after(monkeypatch, capsys) -> None:
+    ours, peer, fast = "bark_fast (hf dialect)", "transformers", "transformers, patched"
+    kept: list[dict[str, Any]] = []
+    said: list[tuple[str, float]] = []
+
+    def contender(name: str, tokens: int, seconds: float, failing: type[BaseException] | None = None):
+        def speak(length: float) -> SimpleNamespace:
+            said.append((name, length))
+            if failing is not None:
+                raise failing("no room")
+            return spoken(name, tokens, seconds)
+
+        return speak
+
+    calls = {
+        "bark_fast (suno dialect)": contender("suno's", 7, 1.0, ValueError), ours: contender(ours, 7, 1.0),
+        peer: contender(peer, 8, 2.0), fast: contender(fast, 8, 1.0, KeyboardInterrupt),
+    }  # fmt: skip
+    monkeypatch.setattr(bench_e2e, "contenders", lambda folder, options: calls)
+    monkeypatch.setattr(bench_e2e, "append_rows", lambda name, rows, device: kept.extend(rows))
+    monkeypatch.setattr(sys, "argv", ["bench_e2e.py", "--repeats", "1", "--seconds", "4"])
+    with pytest.raises(KeyboardInterrupt):
+        bench_e2e.main()
+    assert said == [("suno's", 1.5), (ours, 1.5), (ours, 4.0), (peer, 1.5), (peer, 4.0), (fast, 4.0)]
+    assert "FAILED bark_fast (suno dialect): ValueError: no room" in capsys.readouterr().out
+    assert [row["contender"] for row in kept] == [ours] * 5 + [peer] * 5
+    assert [row["p50"] for row in kept if row["stage"] == "total"] == [1.0, 2.0]
+    assert {row["contender"]: row["tokens_equal_ours"] for row in kept} == {ours: "", peer: False}
+    calls[fast] = contender(fast, 8, 0.5)
+    bench_e2e.main()
+    assert {row["contender"]: row["tokens_equal_ours"] for row in kept} == {ours: "", peer: False, fast: True}
+    told = capsys.readouterr().out
+    assert f"{fast} is 4.00x as fast as {peer} (4.00 to 4.00), tokens equal" in told
+    assert f"{ours} is 2.00x as fast as {peer} (2.00 to 2.00), tokens DIFFER" in told
 
 
 def test_suno_is_left_out_of_what_it_does_not_run(tmp_path: Path, capsys) -> None:

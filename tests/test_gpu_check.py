@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,18 +25,18 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts the script on a copy of the tree that has little in it; `body` is what each part does."""
     for folder in ("scripts", "bark_fast/kernels", "benchmarks/results", "bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(SCRIPT, tmp_path / "scripts")
     (tmp_path / "benchmarks" / "results" / "rows.csv").write_text("a,b\n")
 
-    def begin(body: str, seconds: int) -> subprocess.Popen[str]:
+    def begin(body: str, seconds: int, capabilities: str = "9.0") -> subprocess.Popen[str]:
         for name in ("python3", "nvidia-smi", "compute-sanitizer"):
             stub = tmp_path / "bin" / name
             quick = '[ "$1" = -c ] && exit 0' if name == "python3" else ""
-            body_of = "exit 0" if name == "nvidia-smi" else body
+            body_of = f"echo '{capabilities}'" if name == "nvidia-smi" else body
             stub.write_text(f"#!/bin/sh\n{quick}\n{body_of}\n")
             stub.chmod(0o755)
         return subprocess.Popen(
@@ -49,6 +50,7 @@ def start(tmp_path: Path) -> Start:
             text=True,
         )
 
+    monkeypatch.delenv("BARK_FAST_CUDA", raising=False)
     return begin
 
 
@@ -66,8 +68,8 @@ def test_limits_one_after_another_fill_the_plan() -> None:
 
 def test_parts_that_use_all_of_their_time_leave_the_others_theirs(start: Start, tmp_path: Path) -> None:
     started = time.monotonic()
-    said, _ = (script := start("exec sleep 100", 12)).communicate()
-    assert time.monotonic() - started < 14
+    said, _ = (script := start("exec sleep 100", 20)).communicate()
+    assert time.monotonic() - started < 22
     assert len(table(said)) > 20 and set(table(said).values()) == {"124"}
     assert not any("no time was left" in log.read_text() for log in (tmp_path / "out").glob("*.log"))
     assert script.returncode == 1
@@ -83,7 +85,67 @@ def test_the_exit_status_is_that_of_the_parts(start: Start, tmp_path: Path, body
 
 def test_time_that_is_not_used_goes_to_the_next_part(start: Start) -> None:
     said, _ = start('case "$*" in *bench_e2e*small*) sleep 2;; esac; exit 0', 12).communicate()
-    assert table(said)["e2e-small"] == "0"  # of its own it has 0.6 s
+    assert table(said)["e2e-small"] == "0"  # of its own it has 0.45 s
+
+
+def bodies(**lines: str) -> str:
+    """A command that prints lines by a word of its arguments."""
+    cases = "".join(f"*{word}*) printf '%b' '{text}';; " for word, text in lines.items())
+    return f'case "$*" in {cases}esac'
+
+
+def test_what_is_worth_knowing_fits_into_the_end_of_the_output(start: Start, tmp_path: Path) -> None:
+    failed = "".join(f"FAILED tests/test_it.py::test_{i} - {'why ' * 40}\\n" for i in range(9))
+    rows = "".join(f"row {i} {'and what it is ' * 10}, wanted at most 8 us: met\\n" for i in range(40))
+    body = bodies(
+        setup="bark_fast: built _C with CPU (portable) and CUDA (sm_90)\\n", pytest=failed,
+        bench_decode="static cache 1 ms, wanted 1.5 times ours: NOT MET\\nours, wanted 3: met\\n",
+        bench_norm="FAILED bark_fast: qkv\\n7 us, wanted 8 us: met\\n", bench_=rows,
+    )  # fmt: skip
+    said, _ = (script := start(body, 60)).communicate()
+    told = said[said.index("CUDA part: built, CUDA (sm_90)") :]
+    assert len(said) < 12_000 and len(table(told)) == 30
+    failures = (tmp_path / "out" / "failures.txt").read_text()
+    assert re.findall(r"^engine: FAILED tests/test_it.py::test_(.) - why", failures, re.MULTILINE) == list(
+        "01234"
+    )
+    assert "\nengine: FAILED tests/test_it.py::test_0 - why" in told  # if not all fit, the first of each log
+    assert "\nnorm_linear: FAILED bark_fast: qkv\n" in told
+    assert "\ndecode: ours, wanted 3: met\n" in told and "\nspeech: row 0 " in told and "row 12 " not in told
+    assert "\ncompile_decode: static cache 1 ms, wanted 1.5 times ours: NOT MET\n" in told
+    assert "compile_linear: 7 us" not in told
+    assert script.returncode == 1  # though every part's exit status is 0
+    with tarfile.open(tmp_path / "out" / "all.tgz") as files:
+        kept = {Path(name).name for name in files.getnames()}
+    assert kept >= {"report.txt", "summary.txt", "failures.txt", "rows.csv", "engine.log", "mlp.log"}
+    assert "all.tgz" not in kept
+
+
+@pytest.mark.parametrize(
+    ("built", "told"),
+    [
+        ("bark_fast: built _C with CPU (portable), without CUDA: no nvcc found", "no nvcc found"),
+        ("bark_fast: _C left out: compiling failed", "compiling failed"),
+        ("", "the build said nothing"),
+    ],
+)
+def test_a_cuda_part_that_is_missing_is_told(start: Start, built: str, told: str) -> None:
+    said, _ = start(
+        bodies(setup=built, doctor="and CUDA; Triton takes its place on cuda:0 (old)"), 60
+    ).communicate()
+    assert re.search(f"^CUDA PART MISSING: .*{told}$", said, re.MULTILINE)
+    assert "\nCUDA PART NOT USED: Triton takes its place on cuda:0 (old)\n" in said
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "archs"), [("8.0", "80"), ("9.0\n9.0\n10.0", "100 90"), ("[N/A]", "90"), ("", "90")]
+)
+def test_the_cuda_part_is_built_for_the_gpus_that_are_here(
+    start: Start, tmp_path: Path, capabilities: str, archs: str
+) -> None:
+    said, _ = start('echo "for $BARK_FAST_CUDA"', 60, capabilities).communicate()
+    assert (tmp_path / "out" / "build.log").read_text() == f"for {archs}\n"
+    assert ("names no compute capability" in said) is ("." not in capabilities)
 
 
 def test_a_signal_ends_the_parts_and_the_table_comes_all_the_same(start: Start, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -522,12 +523,44 @@ def test_plain_torch_says_the_same_of_a_wrong_table() -> None:
         )
 
 
+@pytest.fixture
+def cuda_part() -> None:
+    """Fails where a GPU is not computed on by the CUDA sources: Triton would pass the tests in their place."""
+    assert extension.cuda_fault(0) == ""
+    assert paged_kv.compiled(0) is not None
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_runs_the_cuda_part(cuda_part: None) -> None:
+    batch = make_batch([300], n_head=12)
+    on_gpu, out = batch.to("cuda"), batch.to("cuda").out()
+    assert C is not None
+    C.paged_attention(*on_gpu.arguments(), out, 0.125, None, None, 1, torch.cuda.current_stream().cuda_stream)
+    truth = attend(batch, torch.float64)
+    assert float((out.cpu().double() - truth).abs().max()) <= bound(batch, truth)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (None, "bark_fast._C is not part of this build"),
+        (SimpleNamespace(cuda_fault=lambda gpu: "built without CUDA"), "built without CUDA; built by g++"),
+    ],
+)
+def test_a_missing_cuda_part_is_told(monkeypatch: pytest.MonkeyPatch, module: object, words: str) -> None:
+    monkeypatch.setattr(extension, "_attempt", lambda: (module, "bark_fast._C is not part of this build"))
+    monkeypatch.setattr(extension, "describe", lambda: "built by g++, without CUDA: no nvcc")
+    assert extension.cuda_fault(0).startswith(words) and extension.cuda_fault(0).endswith("no nvcc")
+
+
 @pytest.fixture(
     params=["simulated", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])],
 )
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device of tensors that the CUDA sources compute with: a GPU's, or the CPU's that simulates one."""
     if request.param == "cuda":
+        request.getfixturevalue("cuda_part")
         return "cuda"
     if why_not():
         pytest.skip(why_not())
@@ -563,7 +596,7 @@ def test_cuda_stores_and_sees_new_rows(cuda: str, dtype: torch.dtype, head_dim: 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths() -> None:
+def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths(cuda_part: None) -> None:
     batch = make_batch([1000], n_head=12).to("cuda")
     out, scratch = batch.out(), paged_kv.attention_scratch(1, 12, 64, "cuda")
     slots, place = torch.full((2, 1), -1, device="cuda")
@@ -578,7 +611,7 @@ def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths() -> None:
             batch.qkv, batch.k_pages, batch.v_pages, *tables, place, stored_out, scratch=scratch
         )
 
-    step()  # if the extension lacks CUDA, Triton compiles here
+    step()  # what is loaded at the first launch cannot be while a graph is captured
     with torch.cuda.graph(graph):
         step()
     for length in (1000, 17, 513):
@@ -655,7 +688,7 @@ def test_cuda_new_rows_before_the_first_are_not_followed(cuda: str) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_pages_are_swapped_with_pinned_memory() -> None:
+def test_gpu_pages_are_swapped_with_pinned_memory(cuda_part: None) -> None:
     pages = torch.randn(5, 12, 16, 64, device="cuda")
     host = torch.zeros(7, 12, 16, 64).pin_memory()
     paged_kv.swap_pages(pages, host, torch.tensor([[3, 0], [1, 6]], dtype=torch.int32))
