@@ -36,6 +36,26 @@ def is_hooked(module: nn.Module) -> bool:
     return any(one._forward_hooks or one._forward_pre_hooks or "forward" in one.__dict__ for one in inner)
 
 
+def why_hooked(model: nn.Module) -> str | None:
+    """None if nobody hooks into `model`, or anything below it; else how, in the user's words."""
+    if is_hooked(model) or model._forward_hooks or model._forward_pre_hooks or hasattr(model, "_hf_hook"):
+        return "a model with a hook (accelerate's offloading is one)"
+    if "forward" in vars(model):  # as of `model.forward = torch.compile(model.forward)`
+        return "a model whose forward was replaced"
+    return None
+
+
+def why_not_called(module: nn.Module) -> str | None:
+    """None if calling `module` comes to its class's forward; else who stands in front of it."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "torch.compile, which records the original"
+    # accelerate wraps the bound method that it found, and keeps it by this name
+    found = vars(module).get("_old_forward", vars(module).get("forward"))
+    if found is not None and getattr(found, "__func__", None) is not type(module).forward:
+        return "a forward of its own"
+    return None
+
+
 def why_not_now(module: nn.Module, x: Tensor, layers: Iterable[nn.Module]) -> str | None:
     """None if `module` may run fast on `x` through its plain `layers`; else the reason, in the user's words."""
     if module.training:

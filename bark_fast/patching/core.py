@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -63,15 +63,15 @@ def patch(
         return obj
     chosen = [(module, mixin) for _, module, mixin in suno_modules.targets(target)]
     chosen += hf.targets(target, policy)
-    unpatch(obj)
-    done: list[nn.Module] = []
+    modules = _restorable(target)
+    before = _fast_parts(modules)
     try:
+        for module in modules:
+            restore(module)
         for module, mixin in chosen:
             swap(module, mixin, policy)
-            done.append(module)
     except BaseException:
-        for module in done:
-            restore(module)
+        _put_back(modules, before)
         raise
     return obj
 
@@ -84,10 +84,7 @@ def unpatch(obj: T) -> T:
     if isinstance(obj, ModuleType) and suno.is_suno_module(obj):
         suno.unpatch_module(obj)
         return obj
-    modules = list(_module_of(obj).modules())
-    for module in modules:
-        check_outermost(module)
-    for module in modules:
+    for module in _restorable(_module_of(obj)):
         restore(module)
     return obj
 
@@ -100,19 +97,11 @@ def patched(obj: T, **options: Any) -> Iterator[T]:
             yield patch(obj, **options)
         return
     target = _module_of(obj)
-    before: list[tuple[nn.Module, type[Patched], State]] = [
-        (module, module._bark_fast_mixin, module.__dict__[STATE])
-        for module in target.modules()
-        if isinstance(module, Patched)
-    ]
+    before = _fast_parts(target.modules())
     try:
-        patch(obj, **options)
-        yield obj
+        yield patch(obj, **options)
     finally:
-        unpatch(obj)
-        for module, mixin, state in before:
-            swap(module, mixin, state.policy)
-            module.__dict__[STATE] = state
+        _put_back(_restorable(target), before)
 
 
 def is_patched(obj: object) -> bool:
@@ -133,6 +122,32 @@ def patch_report(obj: object) -> PatchReport:
         entry = Entry("", type(target).__name__, "bark_fast's own, fast as it is")
         return PatchReport((), (entry,))
     return hf.report_of(target)
+
+
+def _restorable(target: nn.Module) -> list[nn.Module]:
+    """`target` and all below it. Raises InvalidInput where `restore` would lose a class."""
+    modules = list(target.modules())
+    for module in modules:
+        check_outermost(module)
+    return modules
+
+
+def _fast_parts(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, type[Patched], State]]:
+    """Those that are patched, with what `_put_back` needs."""
+    return [
+        (module, module._bark_fast_mixin, module.__dict__[STATE])
+        for module in modules
+        if isinstance(module, Patched)
+    ]
+
+
+def _put_back(modules: Iterable[nn.Module], before: list[tuple[nn.Module, type[Patched], State]]) -> None:
+    """What was patched is patched again, by the very same states; all else is not."""
+    for module in modules:
+        restore(module)
+    for module, mixin, state in before:
+        swap(module, mixin, state.policy)
+        module.__dict__[STATE] = state
 
 
 def _module_of(obj: object) -> nn.Module:

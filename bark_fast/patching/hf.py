@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from bark_fast.errors import NotCovered
+from bark_fast.patching.conditions import is_hooked, why_hooked, why_not_called
 from bark_fast.patching.hf_build import MODULE
 from bark_fast.patching.hf_layers import FastBlock, standing_reason
 from bark_fast.patching.hf_models import FastCausal, FastCoarse, FastFine, FastSemantic
@@ -47,7 +48,9 @@ def report_of(obj: nn.Module) -> PatchReport:
         names = _names(module)
         kind = type(module).__name__
         if "BarkBlock" in names:
-            reason = (standing_reason(module) or _training(module)) if is_fast(module) else "not patched"
+            reason: str | None = "not patched"
+            if is_fast(module):
+                reason = standing_reason(module) or _training(module) or why_not_called(module)
             entry = Entry(path, kind, reason or "fused attention, LayerNorm and MLP")
             (left if reason else replaced).append(entry)
         elif names & _MODELS.keys():
@@ -65,10 +68,15 @@ def _of_model(module: nn.Module) -> tuple[str | None, int]:
     """Why the engine does not run a model, if so, and the bytes it copies."""
     if not isinstance(module, (FastCausal, FastFine)):
         return "generate as it was (engine=False)" if any(map(is_fast, module.modules())) else "not patched", 0
+    reason = _training(module)
+    if isinstance(module, FastCausal):
+        reason = reason or why_hooked(module)
+    else:
+        reason = reason or why_not_called(module) or ("a layer with a hook" if is_hooked(module) else None)
     try:
-        return _training(module), module.bound().copied_bytes
+        return reason, module.bound().copied_bytes
     except NotCovered as uncovered:
-        return str(uncovered), 0
+        return reason or str(uncovered), 0
 
 
 def _training(module: nn.Module) -> str | None:

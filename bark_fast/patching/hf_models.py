@@ -19,7 +19,7 @@ from bark_fast.config import FineConfig, GPTConfig, ModelName
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
-from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing
+from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing, why_hooked
 from bark_fast.patching.decoding import Decoder, Rows, Stage
 from bark_fast.patching.hf_build import why_not_model
 from bark_fast.patching.hf_layers import standing_reason
@@ -112,7 +112,12 @@ class FastCausal(Patched):
         # a batch much smaller than the one before does not keep its pages
         if decoder is None or decoder.bound is not bound or not batch <= decoder.rows <= 4 * batch:
             self._let_rows_go()
-            decoder = cache["decoder"] = Decoder(self.stage, bound, batch)
+            decoder = None
+            cache.pop("decoder", None)  # its pages make room for the new ones
+            try:
+                decoder = cache["decoder"] = Decoder(self.stage, bound, batch)
+            except torch.OutOfMemoryError:  # theirs takes only what the tokens so far need
+                raise NotCovered(f"a batch of {batch} for whose pages there is no memory") from None
         rows: Rows | None = cache.get("rows")
         if rows is not None and (rows.batch != batch or rows.decoder is not decoder):
             self._let_rows_go()
@@ -283,8 +288,8 @@ def _check_call(model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> 
         raise NotCovered("training mode")
     if torch.is_autocast_enabled(input_ids.device.type):
         raise NotCovered("autocast")
-    if is_hooked(model) or model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
-        raise NotCovered("a model with a hook (accelerate's offloading is one)")
+    if reason := why_hooked(model):
+        raise NotCovered(reason)
     for name, value in model_kwargs.items():
         if name not in _MODEL_ARGUMENTS and value is not None and value is not False:
             raise NotCovered(f"{name}=")

@@ -7,6 +7,8 @@ import inspect
 import io
 import json
 import pickle
+import sys
+import time
 from collections import OrderedDict
 from threading import Thread
 from typing import Any
@@ -19,7 +21,7 @@ from torch import nn
 
 import bark_fast
 from bark_fast.errors import InvalidInput
-from bark_fast.patching import core, hf
+from bark_fast.patching import core, hf, hf_models
 from bark_fast.patching.swap import is_fast
 
 SHORT = {"semantic_max_new_tokens": 25}
@@ -110,6 +112,22 @@ def test_an_exception_in_the_midst_of_patching_leaves_nothing(peer, monkeypatch,
     with pytest.raises(MemoryError):
         bark_fast.patch(peer.model)
     assert anatomy(peer.model) == before
+
+
+def test_an_exception_in_patching_again_leaves_the_patch_that_was(peer, monkeypatch):
+    bark_fast.patch(peer.model, rng="philox")
+    before, swap, swaps = anatomy(peer.model), core.swap, []
+
+    def failing(*arguments):
+        swaps.append(arguments)
+        if len(swaps) == 3:
+            raise MemoryError
+        swap(*arguments)
+
+    monkeypatch.setattr(core, "swap", failing)
+    with pytest.raises(MemoryError):
+        bark_fast.patch(peer.model)
+    assert len(swaps) > 3 and anatomy(peer.model) == before
 
 
 def test_an_interrupted_generate_gives_its_pages_back(peer, monkeypatch):
@@ -356,6 +374,124 @@ def test_accelerate_hooks(peer, when, removed):
     assert anatomy(model) == before
 
 
+@pytest.fixture
+def offloading(peer, monkeypatch):
+    """`enable_cpu_offload` of models to a device that is, here, the CPU too."""
+    pytest.importorskip("accelerate")
+    module = sys.modules[type(peer.model).__module__]
+    if not hasattr(module, "get_current_accelerator"):
+        pytest.skip("this transformers asks for CUDA itself")
+    monkeypatch.setattr(module, "get_current_accelerator", lambda *_, **__: torch.device("cpu"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.usefixtures("offloading")
+def test_cpu_offload(peer, when):
+    expected = spoken(peer)
+    if when == "before":
+        peer.model.enable_cpu_offload()
+        bark_fast.patch(peer.model)
+    else:
+        bark_fast.patch(peer.model)
+        peer.model.enable_cpu_offload()
+    left = {entry.name: entry.what for entry in bark_fast.patch_report(peer.model).left}
+    for part in ("semantic", "coarse_acoustics"):
+        assert "accelerate's offloading" in left[part]
+    assert ("fine_acoustics" in left) == (when == "before")  # what accelerate wrapped is what it calls
+    with pytest.warns(RuntimeWarning, match="accelerate's offloading"):
+        assert same(spoken(peer), expected)
+    bark_fast.unpatch(peer.model)
+    assert same(spoken(peer), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("way", "what"), [("cpu_offload", "coarse_acoustics.layers"), ("cpu_offload_with_hook", "coarse_acoustics")]
+)
+def test_accelerate_offloads_a_part(peer, when, way, what):
+    """Each layer's weights, which are on the meta device between calls; or a model's together."""
+    accelerate = pytest.importorskip("accelerate")
+    expected = spoken(peer)
+
+    def offload():
+        getattr(accelerate, way)(peer.model.get_submodule(what), execution_device=torch.device("cpu"))
+
+    if when == "before":
+        offload()
+    bark_fast.patch(peer.model)
+    if when == "after":
+        offload()
+    with pytest.warns(RuntimeWarning, match="bark_fast leaves"):
+        assert same(spoken(peer), expected)
+    bark_fast.unpatch(peer.model)
+    assert same(spoken(peer), expected)
+
+
+def whole(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    for part in (model.semantic, model.fine_acoustics):
+        part.compile(backend="eager")
+    return model
+
+
+def in_parts(model):
+    model.semantic = torch.compile(model.semantic, backend="eager")
+    return model
+
+
+def its_forward(model):
+    model.fine_acoustics.forward = torch.compile(model.fine_acoustics.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("compiled", [whole, in_place, in_parts, its_forward])
+def test_compiled_models_speak_alike(peer, when, compiled):
+    """However torch.compile came in, and whether before or after."""
+    expected, model = spoken(peer), peer.model
+    if when == "before":
+        peer.model = bark_fast.patch(compiled(model))
+    else:
+        bark_fast.patch(model)
+        peer.model = compiled(model)
+    assert bark_fast.is_patched(peer.model)
+    assert same(spoken(peer), expected)
+    left = {entry.name: entry.what for entry in bark_fast.patch_report(model).left}
+    says = {in_place: "torch.compile", its_forward: "a forward of its own"}
+    assert says.get(compiled, "") in left.get("fine_acoustics", "")
+    bark_fast.unpatch(peer.model)
+    assert not bark_fast.is_patched(peer.model)
+    assert same(spoken(peer), expected)
+
+
+def test_a_hook_on_a_model_is_reported(model):
+    """As a call finds it."""
+    bark_fast.patch(model)
+    handle = model.coarse_acoustics.register_forward_hook(lambda *_: None)
+    left = {entry.name: entry.what for entry in bark_fast.patch_report(model).left}
+    assert "a model with a hook" in left["coarse_acoustics"] and "semantic" not in left
+    handle.remove()
+    model.semantic.forward = lambda *_, **__: None
+    left = {entry.name: entry.what for entry in bark_fast.patch_report(model).left}
+    assert left["semantic"] == "a model whose forward was replaced" and "coarse_acoustics" not in left
+
+
+def test_without_memory_for_pages_the_original_speaks(peer, monkeypatch):
+    """It makes room only for the tokens there are."""
+
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    expected = spoken(peer)
+    bark_fast.patch(peer.model)
+    monkeypatch.setattr(hf_models, "Decoder", none)
+    with pytest.warns(RuntimeWarning, match="a batch of 1 for whose pages there is no memory"):
+        assert same(spoken(peer), expected)
+
+
 def test_a_bound_method_that_outlives_the_patch(model):
     ids = torch.arange(8)[None]
     bark_fast.patch(model)
@@ -500,12 +636,22 @@ def test_a_class_that_somebody_put_on_top_is_not_taken_away(model):
     assert not bark_fast.is_patched(bark_fast.unpatch(model))
 
 
-def test_patching_is_quick(model):
-    import time
-
-    start = time.perf_counter()
-    bark_fast.patch(model)
-    assert time.perf_counter() - start < 1
+def test_patching_the_large_model_is_quick(peer):
+    """Without weights: nothing of them is looked at."""
+    large = {"num_layers": 24, "num_heads": 16, "hidden_size": 1024}
+    parts = ("semantic_config", "coarse_acoustics_config", "fine_acoustics_config")
+    config = type(peer.model.config)(
+        **{part: getattr(peer.model.config, part).to_dict() | large for part in parts}
+    )
+    try:
+        with torch.device("meta"):
+            model = type(peer.model)(config)
+    except AttributeError:
+        pytest.skip("transformers 4 cannot make a model without biases")
+    for call in (bark_fast.patch, bark_fast.unpatch):
+        start = time.perf_counter()
+        call(model)
+        assert time.perf_counter() - start < 1
 
 
 def test_half_precision_stages_run(peer):
