@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, registers, target_of
 
 
 def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, pairs: int) -> Blocks:
@@ -122,5 +122,7 @@ def paged_prefill(
         qkv.stride(0), block_table.stride(0), slots.stride(0), out.stride(0),
         rows, columns, num_pages, n_head, scale * LOG2_E,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys,
-        num_warps=entry.warps, num_stages=entry.stages, **COMPILE,
+        num_warps=entry.warps, num_stages=entry.stages,
+        # not told so, ptxas spills for sm_100 (SASS of triton 3.9)
+        **(registers(255) if head_dim == 128 and qkv.dtype == torch.float32 else {}), **COMPILE,
     )  # fmt: skip
