@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demands import WIDE_SHARE, wants_tensor_cores
 from production import FAMILIES, launches
-from sass import INSTRUCTION_BYTES, loads_at_once
+from sass import INSTRUCTION_BYTES, loads_at_once, wide_share
 
 RESULTS = Path(__file__).parent / "results" / "compiled.csv"
 WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -49,9 +50,10 @@ class Compiled:
     scratch_bytes: int
     tensor_core_instructions: int
     wide_loads: int
+    wide_share: float
     loads_at_once: int
     wants_tensor_cores: bool
-    wants_wide_loads: bool
+    wants_wide_share: float
     wants_loads_at_once: int
 
     @property
@@ -85,14 +87,14 @@ class Compiled:
             found.append(f"has grid {self.grid}")
         if self.wants_tensor_cores and not self.tensor_core_instructions:
             found.append("has no tensor-core instruction")
-        if self.wants_wide_loads and not self.wide_loads:
-            found.append("has no 128-bit load")
+        if self.wide_share < self.wants_wide_share:
+            found.append(f"loads {self.wide_share:.0%} 128 bits wide, not {self.wants_wide_share:.0%}")
         if self.loads_at_once < self.wants_loads_at_once:
             found.append(f"waits after {self.loads_at_once} loads of {self.wants_loads_at_once}")
         return found
 
 
-def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int]]:
+def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int | float]]:
     """Registers, spilled bytes and counts of instructions of cubins with one kernel each."""
     from triton import backends
 
@@ -106,7 +108,8 @@ def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int]]:
             "registers": int(figures["REG"]),
             "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
             "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
-            "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b128\b|\b(?:UTMALDG|UBLKCP)\b", code)),
+            "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b(?:128|256)\b", code)),
+            "wide_share": wide_share(code),
             "loads_at_once": loads_at_once(code),
         })  # fmt: skip
     return results
@@ -171,32 +174,33 @@ def compile_family(family: str, arch: int) -> list[Compiled]:
 
     from bark_fast.kernels.target import KNOWN, assume
 
-    made: list[tuple[Any, tuple[int, ...]]] = []
+    made: list[tuple[Any, tuple[int, ...], bool]] = []
     run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         size = grid(options) if callable(grid) else grid
-        made.append((kernel, tuple(int(n) for n in size)))
+        dtypes = {each.dtype for each in args if isinstance(each, torch.Tensor)}
+        wants = wants_tensor_cores(self.fn.__name__, dtypes, options)
+        made.append((kernel, tuple(int(n) for n in size), wants))
         return kernel
 
     set_offline(arch)
     JITFunction.run = compile_only
-    distinct: dict[tuple[str, bool, bool, int], tuple[Any, dict[str, Any]]] = {}
+    distinct: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}
     with assume(KNOWN[arch]):
         for launch in launches(family, torch.device("meta")):
             made.clear()
             launch.call()
             if not made:
                 raise SystemExit(f"{family}: {launch.name} launched nothing")
-            for kernel, grid in made:
-                wants = {
-                    "wants_tensor_cores": launch.tensor_cores,
-                    "wants_wide_loads": launch.streaming,
+            for kernel, grid, tensor_cores in made:
+                named = {
+                    "launch": launch.name, "grid": grid, "wants_tensor_cores": tensor_cores,
+                    "wants_wide_share": WIDE_SHARE[kernel.metadata.name],
                     "wants_loads_at_once": launch.loads_at_once,
-                }
-                named = {"launch": launch.name, "grid": grid, **wants}
-                distinct.setdefault((kernel.metadata.hash, *wants.values()), (kernel, named))
+                }  # fmt: skip
+                distinct.setdefault((kernel.metadata.hash, launch.loads_at_once), (kernel, named))
     JITFunction.run = run
     seen = inspect([kernel.asm["cubin"] for kernel, _ in distinct.values()], arch)
     return [
@@ -241,12 +245,12 @@ def main() -> None:
     from bark_fast.kernels.target import KNOWN
 
     compiled = [c for arch in options.arch for family in options.family for c in compile_family(family, arch)]
-    if options.json:
-        json.dump(
-            [{**asdict(c), "faults": c.faults(KNOWN[c.arch].shared_memory)} for c in compiled], sys.stdout
-        )
-        return
     rows = table(compiled)
+    if options.json:
+        found = (c.faults(KNOWN[c.arch].shared_memory) for c in compiled)
+        parts = zip(compiled, rows, found, strict=True)
+        json.dump([{**asdict(c), "row": row, "faults": faults} for c, row, faults in parts], sys.stdout)
+        return
     for row in rows:
         print("  ".join(str(value) for value in row.values()))
     if options.rows:

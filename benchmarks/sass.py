@@ -1,4 +1,4 @@
-"""What a listing of machine code (SASS) says of its loads: how many are issued before the first is waited for.
+"""What a listing of machine code (SASS) says of its loads: how wide, and how many before the first wait.
 
 A listing has an instruction a line, 16 bytes each, as `compiled.disassemble` gives it; branches name addresses
 of its first line on. ptxas orders instructions to save registers, so loads that stand side by side in a
@@ -13,6 +13,8 @@ INSTRUCTION_BYTES = 16
 
 _BRANCH = re.compile(r"\bBRA\b.*?\b0x([0-9a-f]+)")
 _WIDE_LOAD = re.compile(r"\bLDG\.\S*\b128\S* R(\d+),")
+_LOAD = re.compile(r"\bLDG(?:STS)?\.\S*")
+_WIDTH = re.compile(r"\.(?:[US]?(8|16)|(64|128|256))\b")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 
 
@@ -27,6 +29,24 @@ def loops(code: str) -> list[list[str]]:
             spans.append((begin, end + 1))
     innermost = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [lines[begin:end] for begin, end in innermost]
+
+
+def load_bytes(lines: list[str]) -> list[int]:
+    """Bytes a thread reads from global memory with each load, to registers or to shared memory."""
+    loads = (load[0] for line in lines if (load := _LOAD.search(line)))
+    widths = (_WIDTH.search(load) for load in loads)
+    return [int(width[1] or width[2]) // 8 if width else 4 for width in widths]
+
+
+def wide_share(code: str) -> float:
+    """Share of the bytes loaded that comes from loads of 128 bits; a stream of narrow loads has as many bytes.
+
+    Of the loop that loads most, or of the kernel, where that has less than a quarter of what its lines load.
+    """
+    whole = load_bytes(code.splitlines())
+    busiest = max((load_bytes(lines) for lines in loops(code)), key=sum, default=[])
+    stream = busiest if 4 * sum(busiest) >= sum(whole) else whole
+    return sum(size for size in stream if size >= 16) / sum(stream) if stream else 1.0
 
 
 def loads_at_once(code: str) -> int:

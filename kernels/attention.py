@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, registers, target_of
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E: float = 1.4426950408889634
@@ -45,8 +45,8 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: 
     # 64 reach more processors.
     few = masked or pairs * triton.cdiv(time, 128) < 2 * target.processors
     if target.arch < 90:
-        # mma.sync reads its operands from shared memory warp by warp: 32 queries a warp halve that traffic
-        return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, 4, 3)
+        warps = max(4, head_dim // 16)  # 32 queries each where they fit: mma.sync reads operands warp by warp
+        return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, warps, 3)
     if target.arch < 100:
         return Blocks(64, 64, 4, 3) if few else Blocks(128, 64, 8, 3)
     # tcgen05 leaves a row of scores with one thread of four warps: no reduction between threads
@@ -186,5 +186,7 @@ def attention(
         heads, time, keys, turn, scale * LOG2_E,
         CAUSAL=causal, HAS_MASK=key_mask is not None, HAS_LENGTHS=lengths is not None,
         HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys,
-        num_warps=entry.warps, num_stages=entry.stages, **COMPILE,
+        num_warps=entry.warps, num_stages=entry.stages,
+        # not told so, ptxas spills with a mask to fit one program more onto a processor (SASS of triton 3.9)
+        **(registers(255) if head_dim == 128 and query.dtype == torch.float32 else {}), **COMPILE,
     )  # fmt: skip

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, registers, target_of
 
 
 def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, pairs: int) -> Blocks:
     """The launch table. pairs: sequences times heads."""
     if dtype == torch.float32:
-        return Blocks(32, 16, 4, 2)  # wider ones spill: operands of products without tensor cores are registers
+        return Blocks(32, 16, 4 if head_dim < 128 else 8, 2)  # wider ones spill: operands are held in registers
     # One prompt of 257 rows and 12 heads is 60 blocks of 64 rows, which leave half of a large GPU idle: blocks
     # of 32 (two warps, whose 16 rows each keep a row's scores within a warp) then halve the longest program.
     if pairs * triton.cdiv(max_queries, 64) < target.processors:
-        return Blocks(32, 64 if head_dim < 128 else 32, 2, 2)
+        return Blocks(32, 64, 2, 2) if head_dim < 128 else Blocks(32, 32, 4, 2)  # with two warps it spills
     return Blocks(64, 64 if head_dim < 128 else 32, 4, 2)
 
 
@@ -122,5 +122,7 @@ def paged_prefill(
         qkv.stride(0), block_table.stride(0), slots.stride(0), out.stride(0),
         rows, columns, num_pages, n_head, scale * LOG2_E,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys,
-        num_warps=entry.warps, num_stages=entry.stages, **COMPILE,
+        num_warps=entry.warps, num_stages=entry.stages,
+        # not told so, ptxas spills for sm_100 (SASS of triton 3.9)
+        **(registers(255) if head_dim == 128 and qkv.dtype == torch.float32 else {}), **COMPILE,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from compiled import Compiled
+import torch
+from compiled import RESULTS, Compiled
+from demands import wants_tensor_cores
 from production import FAMILIES
-from sass import loads_at_once
+from sass import loads_at_once, wide_share
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
 
@@ -19,7 +22,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_and_fit(family: str) -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     archs = (80, 90, 100)  # in one process, which takes seconds to begin
     command = (sys.executable, SCRIPT, "--arch", *map(str, archs), "--family", family, "--json")
@@ -30,10 +33,30 @@ def test_kernels_compile_and_fit(family: str) -> None:
     for c in compiled:
         print(
             f"sm_{c['arch']} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} regs "
-            f"{c['shared_bytes']:6} B shared {c['tensor_core_instructions']:4} mma {c['wide_loads']:3} wide "
-            f"{c['loads_at_once']:2} at once"
+            f"{c['shared_bytes']:6} B shared {c['tensor_core_instructions']:4} mma {c['wide_share']:4.0%} wide "
+            f"{c['loads_at_once']:2} at once {c['row']['occupancy']} occupied"
         )
     assert not [(c["arch"], c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
+    with RESULTS.open(newline="") as file:
+        recorded = [row for row in csv.DictReader(file) if row["triton"] == triton.__version__]
+    if recorded:  # another version of Triton makes other code
+        rows = [row for row in recorded if row["family"] == family]
+        assert not differences(rows, [c["row"] for c in compiled]), "run benchmarks/compiled.py --rows"
+
+
+def differences(recorded: list[dict[str, str]], rows: list[dict[str, object]]) -> list[dict[str, str]]:
+    """Rows of either table that the other lacks."""
+    compiled = [{name: str(value) for name, value in row.items()} for row in rows]
+    return [row for row in recorded if row not in compiled] + [row for row in compiled if row not in recorded]
+
+
+@pytest.mark.parametrize("change", [{"registers": 57}, {"occupancy": "0.25"}, {"shared_bytes": 0}])
+def test_a_table_of_other_kernels_is_noticed(change: dict[str, object]) -> None:
+    row: dict[str, object] = {"launch": "l", "registers": 56, "occupancy": "0.50", "shared_bytes": 1024}
+    recorded = [{name: str(value) for name, value in row.items()}]
+    assert differences(recorded, [row]) == []
+    assert len(differences(recorded, [{**row, **change}])) == 2
+    assert differences(recorded, []) == differences([], [row]) == recorded
 
 
 def specialised(*options: str) -> dict[str, int]:
@@ -62,7 +85,7 @@ def test_specialising_on_every_argument_would_be_noticed() -> None:
 SOUND = Compiled(
     family="f", launch="l", kernel="k", arch=90, grid=(8, 1, 1), warps=4, registers=64, spill_bytes=0,
     shared_bytes=1024, tensor_memory_columns=0, scratch_bytes=0, tensor_core_instructions=1, wide_loads=8,
-    loads_at_once=8, wants_tensor_cores=True, wants_wide_loads=True, wants_loads_at_once=8,
+    wide_share=0.9, loads_at_once=8, wants_tensor_cores=True, wants_wide_share=0.9, wants_loads_at_once=8,
 )  # fmt: skip
 
 
@@ -83,7 +106,7 @@ def test_a_sound_kernel_has_no_faults() -> None:
         ({"grid": (1, 65_536, 1)}, "grid"),
         ({"grid": (0, 1, 1)}, "grid"),
         ({"tensor_core_instructions": 0}, "no tensor-core"),
-        ({"wide_loads": 0}, "no 128-bit load"),
+        ({"wide_share": 0.89}, "89% 128 bits wide, not 90%"),
         ({"loads_at_once": 7}, "waits after 7 loads of 8"),
     ],
 )
@@ -115,3 +138,46 @@ LISTING = [
 )
 def test_loads_at_once_are_those_before_the_first_wait(code: list[str], at_once: int) -> None:
     assert loads_at_once("\n".join(code)) == at_once
+
+
+def weights_and_x(weights: str, x: str) -> str:
+    """A loop that multiplies 16 bytes of weights a thread by 16 of x, however it loads each."""
+    loads = {
+        "wide": ["LDG.E.128 R4, desc[UR8][R2.64] ;"],
+        "to shared memory": ["LDGSTS.E.BYPASS.LTC128B.128 [R5], desc[UR8][R2.64] ;"],
+        "by 64 bits": [f"LDG.E.64 R4, desc[UR8][R2.64+{8 * i:#x}] ;" for i in range(2)],
+        "one by one": [f"@P0 LDG.E R4, desc[UR8][R2.64+{4 * i:#x}] ;" for i in range(4)],
+        "by 16 bits": [f"LDG.E.U16.CONSTANT R4, desc[UR8][R2.64+{2 * i:#x}] ;" for i in range(8)],
+    }
+    return "\n".join([*loads[weights], *loads[x], "@!P1 BRA 0x0 ;"])
+
+
+@pytest.mark.parametrize("x", ["wide", "to shared memory"])
+def test_weights_read_in_small_pieces_beside_a_wide_x_are_noticed(x: str) -> None:
+    assert wide_share(weights_and_x("wide", x)) == wide_share(weights_and_x("to shared memory", x)) == 1
+    for weights in ("by 64 bits", "one by one", "by 16 bits"):
+        assert wide_share(weights_and_x(weights, x)) == wide_share(weights_and_x(x, weights)) == 0.5
+
+
+def test_wide_loads_before_a_loop_do_not_excuse_narrow_ones_in_it() -> None:
+    before = ["LDG.E.128 R8, desc[UR8][R2.64] ;"] * 8
+    loop = ["LDG.E R4, desc[UR8][R2.64] ;"] * 16 + ["@!P1 BRA 0x80 ;"]
+    assert wide_share("\n".join([*before, *loop])) == 0
+    assert wide_share("FADD R0, R0, R1 ;") == 1  # nothing is loaded
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "rows", "wanted"),
+    [
+        ("_matmul_kernel", torch.float16, None, True),
+        ("_matmul_kernel", torch.bfloat16, None, True),
+        ("_matmul_kernel", torch.float32, None, False),
+        ("_attention_kernel", torch.float16, None, True),
+        ("_head_sample_kernel", torch.float16, 16, True),
+        ("_head_sample_kernel", torch.float16, 1, False),
+        ("_gemv_kernel", torch.float16, 4, False),
+        ("_layer_norm_kernel", torch.float16, None, False),
+    ],
+)
+def test_products_of_16_bits_want_tensor_cores(kernel: str, dtype: object, rows: object, wanted: bool) -> None:
+    assert wants_tensor_cores(kernel, {dtype, torch.float32}, {"ROWS": rows}) == wanted  # type: ignore[arg-type]

@@ -19,20 +19,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = {"small": (768, 12), "large": (1024, 16)}
 """n_embd and n_head of Bark's two sizes; the head size is 64, the context 1,024."""
 
+ROWS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
+"""Rows of a decode step: powers of two are captured as graphs, others are launched one by one."""
+
 
 @dataclass(frozen=True)
 class Launch:
     """One call of a kernel's launcher at a production shape.
 
     name: shape and dtype, for tables. call: launches it, on tensors of the device given to `launches`.
-    tensor_cores: its matrix products must use them. streaming: its weights must be read 128 bits at a time.
     loads_at_once: 128-bit loads that a thread must issue before it waits for the first, see `sass`.
     """
 
     name: str
     call: Callable[[], object]
-    tensor_cores: bool = False
-    streaming: bool = False
     loads_at_once: int = 0
 
 

@@ -23,9 +23,9 @@ def launches(device: torch.device) -> Iterator[Launch]:
             for rows, merged in ((1, False), (64, False), (257, True)):
                 ids = torch.zeros(rows, dtype=torch.int64, device=device)
                 call = partial(kernels.embed, ids, ids, tokens, places, ids if merged else None)
-                yield Launch(f"{name} rows {rows}", call, streaming=True)
+                yield Launch(f"{name} rows {rows}", call)
             tables = [torch.empty(FINE_CODES, width, dtype=dtype, device=device) for _ in range(8)]
             codes = torch.zeros(1, CONTEXT, 8, dtype=torch.int64, device=device)
             for count in range(3, 9):
                 call = partial(kernels.embed_codes, codes, tables[:count], places)
-                yield Launch(f"{name} {count} codebooks", call, streaming=True)
+                yield Launch(f"{name} {count} codebooks", call)

@@ -54,5 +54,4 @@ def launches(device: torch.device) -> Iterator[Launch]:
                         torch.zeros(rows, 4, dtype=torch.int64, device=device), window,
                     )  # fmt: skip
                     name = f"head {size} {stage} {str(dtype).removeprefix('torch.')} rows {rows}"
-                    half = dtype != torch.float32
-                    yield Launch(name, call, tensor_cores=half and rows > 1, streaming=True)
+                    yield Launch(name, call)

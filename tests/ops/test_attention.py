@@ -102,15 +102,28 @@ def test_as_exact_as_torch(device: str, shape: tuple[int, int], dtype: torch.dty
             assert error(truth(query, key, value, True, shift=shift), expected) > limit, "a mask off by one"
 
 
+def check_with_mutations(arguments: tuple[Tensor, Tensor, Tensor, bool]) -> None:
+    """As exact as torch, by a bound that 2 % of scale, 16 keys left out or a mask off by one would exceed."""
+    query, key, _, causal = arguments
+    expected = truth(*arguments)
+    limit = bound(expected, *arguments)
+    with prefer("triton"):
+        assert error(ops.attention(*arguments), expected) <= limit
+    assert error(truth(*arguments, scale=1.02 * query.shape[3] ** -0.5), expected) > limit
+    present = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
+    present[:, 16:32] = False
+    assert error(truth(*arguments, present=present), expected) > limit
+    if causal:
+        # one key fewer would leave the first query none
+        assert error(truth(*arguments, shift=1), expected) > limit
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [32, 128])
 @pytest.mark.parametrize("device", [cpu("cpu"), cuda("cuda")])
 def test_other_head_sizes(device: str, head_dim: int, dtype: torch.dtype) -> None:
     for time, causal in ((33, False), (70, True)):
-        arguments = (*packed(1, time, 2, head_dim, dtype, device), causal)
-        expected = truth(*arguments)
-        with prefer("triton"):
-            assert error(ops.attention(*arguments), expected) <= bound(expected, *arguments)
+        check_with_mutations((*packed(1, time, 2, head_dim, dtype, device), causal))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,10 +139,7 @@ def test_the_blocks_of_a_large_grid(
 
         monkeypatch.setattr(kernels, "blocks", lambda *_: kernels.Blocks(128, 64, 8, 2))
     for causal in (False, True):
-        arguments = (*packed(batch, time, heads, 64, dtype, device), causal)
-        expected = truth(*arguments)
-        with prefer("triton"):
-            assert error(ops.attention(*arguments), expected) <= bound(expected, *arguments)
+        check_with_mutations((*packed(batch, time, heads, 64, dtype, device), causal))
 
 
 @pytest.mark.parametrize("processors", [1, 4, 1000])

@@ -149,18 +149,17 @@ def cost_of_the_mean(c: Case) -> float:
     return (moved * (c.weight.double() @ gains).abs().max()).item()
 
 
+BITES = [(name, dtype) for dtype in DTYPES for name in MUTATIONS]
+BITES = [b for b in BITES if b[1] == torch.float32 or b[0] not in ("no eps", "tanh GELU")]
+"""What each dtype's bound must notice: all, but for what is less than a rounding of 16 bits."""
+
+
 @interpreted
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_tolerance_bites(name: str) -> None:
-    c = case(3, 37, 100)
+@pytest.mark.parametrize(("name", "dtype"), BITES, ids=str)
+def test_tolerance_bites(name: str, dtype: torch.dtype) -> None:
+    c = case(3, 37, 100, dtype)
     c = replace(c, x=c.x / 16)  # a variance eps can be seen beside
     assert_close(run(c, GEMV["one warp"]), c)
-    assert error(MUTATIONS[name](c), c.expected()) > c.bound()
-
-
-@pytest.mark.parametrize("name", ["bias missing", "wrong row", "first 32 columns missing"])
-def test_tolerance_bites_in_fp16(name: str) -> None:
-    c = case(3, 37, 100, torch.float16)
     assert error(MUTATIONS[name](c), c.expected()) > c.bound()
 
 
@@ -314,9 +313,9 @@ def test_operators_hold_what_torch_asks_of_them() -> None:
 def barks_shapes() -> Iterator[tuple[torch.dtype, int, int, tuple[int, ...]]]:
     """Rows of each kernel and tile. Most are compiled for, so fewer in the other dtypes, at width 768."""
     for n, k in BARK:
-        yield torch.bfloat16, n, k, (1, 2, 4, 8, 16, 64, 257, 1024)
+        yield torch.bfloat16, n, k, (1, 2, 4, 8, 16, 32, 64, 257, 1024)
     for dtype, (n, k) in product((torch.float16, torch.float32), BARK[::2]):
-        yield dtype, n, k, (1, 8, 64, 1024)
+        yield dtype, n, k, (1, 8, 32, 64, 1024)
 
 
 @pytest.mark.gpu
