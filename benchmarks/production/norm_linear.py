@@ -64,8 +64,8 @@ def _launch(
     chosen = kernels.plan(target_of(x.device), x.dtype, rows, *weight.shape)
     # a LayerNorm within the product reads 12 to 32 times 16 bytes a thread
     fused = norm is not None and isinstance(chosen, matmul.Tile) and matmul.normalises(x, chosen)
-    # in bf16 without biases ptxas issues 10 or 11 of 16 (sm_80 and sm_90, triton 3.9)
-    at_once = 10 if x.dtype == torch.bfloat16 else 12
+    # of 16 in bf16 without the norm's bias ptxas issues 10 or 11 (sm_80 and sm_90, triton 3.9)
+    at_once = 10 if x.dtype == torch.bfloat16 and norm is not None and norm[1] is None else 12
     call = partial(kernels.linear, x, weight, norm=norm, **options)
     return Launch(f"{name} rows {rows}", call, at_once if fused else 0)
 

@@ -12,7 +12,7 @@ import torch
 from patched_twins import both
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import bark_fast
 from bark_fast.errors import NotCovered
@@ -89,8 +89,6 @@ def test_decoding_over_a_dynamic_cache(model):
 @torch.no_grad()
 def test_decoding_over_a_static_cache(model):
     """A cache as long as the context: their causal mask is cut for its length, and so is ours."""
-    from transformers import StaticCache
-
     part = model.coarse_acoustics
 
     def call(model):
@@ -104,6 +102,52 @@ def test_decoding_over_a_static_cache(model):
     close(*both(model, call))
 
 
+CACHES = {
+    "none": lambda config: None,
+    "dynamic": lambda config: DynamicCache(config=config),
+    "static": lambda config: StaticCache(config=config, max_cache_len=32),
+    "static, whole context": lambda config: StaticCache(config=config, max_cache_len=1024),
+}
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize(
+    "mask", [None, torch.ones_like(IDS), LEFT, RIGHT], ids=["none", "ones", "left", "right"]
+)
+@pytest.mark.parametrize("part", ["semantic", "coarse_acoustics"])
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_steps_over_any_cache_and_mask(model, part, mask, kind, embedded):
+    """A prompt, one token, three at once: logits, hidden states and what the cache holds; or the same error."""
+
+    def call(model):
+        module, outputs = getattr(model, part), []
+        cache = CACHES[kind](module.config)
+        for low, high in ((0, 8), (8, 9), (9, 12)):
+            name, said = "input_ids", IDS[:, low:high]
+            if embedded:
+                name = "inputs_embeds" if takes(module, "inputs_embeds") else "input_embeds"
+                said = module.input_embeds_layer(said)
+            seen = None if mask is None else mask[:, :high]
+            try:
+                out = module(
+                    **{name: said, cache_name(module): cache}, attention_mask=seen, use_cache=True,
+                    output_hidden_states=True, return_dict=True,
+                )  # fmt: skip
+            except Exception as error:  # some versions take no static cache
+                return f"{type(error).__name__}: {error}"
+            cache = out[cache_name(module)]
+            outputs += [out.logits, *out.hidden_states]
+        return *outputs, *((layer.keys, layer.values) for layer in cache.layers)
+
+    expected, got = both(model, call)
+    if isinstance(expected, str):
+        assert got == expected and kind.startswith("static") and not takes(getattr(model, part), "cache")
+    else:
+        close(expected, got)
+
+
 def needs_the_new_name(block: Any) -> None:
     if not takes(block, "cache"):
         pytest.skip("this transformers knows past_key_values only")
@@ -114,8 +158,6 @@ def needs_the_new_name(block: Any) -> None:
 @torch.no_grad()
 def test_old_name_of_a_cache(model):
     """Where transformers calls it `cache`, a block still takes `past_key_values`."""
-    from transformers import DynamicCache
-
     needs_the_new_name(model.semantic.layers[0])
     x = model.semantic.input_embeds_layer(IDS)
 
@@ -130,8 +172,6 @@ def test_old_name_of_a_cache(model):
 @pytest.mark.filterwarnings("ignore:Both .past_key_values. and .cache.:FutureWarning")
 @torch.no_grad()
 def test_a_cache_of_both_names_is_left_to_the_original(model):
-    from transformers import DynamicCache
-
     block = bark_fast.patch(model).semantic.layers[0]
     needs_the_new_name(block)
     with pytest.warns(RuntimeWarning, match="given twice"):
@@ -141,8 +181,6 @@ def test_a_cache_of_both_names_is_left_to_the_original(model):
 @torch.no_grad()
 def test_the_engine_refuses_a_cache_that_holds_tokens(model):
     """By either name; an empty one is what `generate` makes itself."""
-    from transformers import DynamicCache
-
     part, cache = model.semantic.eval(), DynamicCache()
     for name in ("cache", "past_key_values"):
         hf_models._check_call(part, IDS, {name: cache})
