@@ -19,8 +19,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = {"small": (768, 12), "large": (1024, 16)}
 """n_embd and n_head of Bark's two sizes; the head size is 64, the context 1,024."""
 
-ROWS = (1, 2, 3, 4, 5, 8, 16, 32, 64)
-"""Rows of a decode step: powers of two are captured as graphs, others are launched one by one."""
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Rows of a decode step, which is captured as a graph for each of these."""
+BIAS_ROWS = (1, 4, 16)
+"""Rows of linear layers with biases, which Bark's published ones do not have."""
 
 
 @dataclass(frozen=True)

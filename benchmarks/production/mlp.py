@@ -11,7 +11,7 @@ from bark_fast.kernels import matmul
 from bark_fast.kernels import mlp as kernels
 from bark_fast.kernels.norm_linear import planned
 from bark_fast.kernels.target import target_of
-from production import DTYPES, ROWS, WIDTHS, Launch
+from production import BIAS_ROWS, DTYPES, ROWS, WIDTHS, Launch
 from production.norm_linear import operands
 
 
@@ -28,7 +28,7 @@ def launches(device: torch.device) -> Iterator[Launch]:
                 name = f"{size} {str(dtype).removeprefix('torch.')} rows {rows}"
                 yield Launch(name, call)
                 # checkpoints with biases; with more rows they take no more registers
-                if dtype != torch.float32 and rows in (1, 2, 3, 4, 16):
+                if dtype != torch.float32 and rows in BIAS_ROWS:
                     call = partial(
                         kernels.layernorm_gelu_mlp, x, (norm[0], shift), (fc, biases[0]), (proj, biases[1])
                     )

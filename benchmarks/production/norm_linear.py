@@ -14,7 +14,7 @@ import torch
 from bark_fast.kernels import matmul
 from bark_fast.kernels import norm_linear as kernels
 from bark_fast.kernels.target import target_of
-from production import DTYPES, ROWS, WIDTHS, Launch
+from production import BIAS_ROWS, DTYPES, ROWS, WIDTHS, Launch
 
 SEMANTIC_OUTPUTS, CODES = 10_001, 1_024
 
@@ -38,7 +38,7 @@ def launches(device: torch.device) -> Iterator[Launch]:
                         x, weight, norm if normed else None, residual=residual if added else None,
                     )  # fmt: skip
             # checkpoints with biases are somebody else's, and run in 16 bits
-            for rows in ROWS if dtype != torch.float32 else ():
+            for rows in BIAS_ROWS if dtype != torch.float32 else ():
                 x, weight, (gain, _), _ = operands(rows, 3 * width, width, dtype, device)
                 shift, bias = torch.empty_like(gain), torch.empty_like(weight[:, 0])
                 name = f"{size} qkv {str(dtype).removeprefix('torch.')} norm bias"
