@@ -175,10 +175,15 @@ class HFPeer:
         return spoken
 
     def decode_coarse(self, prompt: torch.Tensor, temperature: float, count: int) -> torch.Tensor:
-        """`count` tokens drawn by the coarse model after prompt (batch, time), in transformers' own loop."""
+        """`count` tokens drawn by the coarse model after prompt (batch, time), in the loop of any causal model.
+
+        Bark's own would cut the prompt into windows. A patched model draws in bark_fast's engine.
+        """
+        from transformers import BarkCoarseModel
+
         coarse = self.model.coarse_acoustics
         sampled = {"do_sample": True, "temperature": temperature, "top_k": 0, "eos_token_id": None}
-        out = super(type(coarse), coarse).generate(
+        out = super(BarkCoarseModel, coarse).generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, pad_token_id=0, **sampled
         )
         return out[:, prompt.shape[1] :]

@@ -154,6 +154,7 @@ tests() { # tests NAME ARGUMENTS...
 }
 tests engine tests/test_gpu.py
 tests decode_loop tests/test_decode_loop.py tests/test_transfers.py
+tests load tests/test_scheduler.py
 tests memory tests/test_memory.py tests/test_checkpoint.py tests/test_replicas.py
 tests peers tests/test_static_peer.py tests/test_bench_engine.py tests/test_drift.py
 linear=tests/ops/test_norm_linear.py

@@ -41,7 +41,9 @@ class SmallRunner(EagerRunner):
         models = runner.models
         super().__init__(models["semantic"], models["coarse"], runner.fine_model, runner.codec, max_sequences=1)
         for name, gpt in models.items():
-            self.pools[name] = KVPool(gpt.config, CPU, torch.float32, (pages or {}).get(name, 200))
+            self.pools[name] = KVPool(
+                gpt.config, self.devices[name], torch.float32, (pages or {}).get(name, 200)
+            )
 
     def vocode(self, works):
         return [np.zeros(320 * work.codes.shape[1], dtype=np.float32) for work in works]
@@ -77,19 +79,19 @@ class Spoken:
     rng: str
     seed: int
 
-    def utterances(self) -> list[Utterance]:
-        """Fresh coroutines and noise."""
+    def utterances(self, device: torch.device = CPU) -> list[Utterance]:
+        """Fresh coroutines, and noise drawn on a device."""
         group = Group() if len(self.texts) > 1 else None
         return [
-            Utterance(long_form(chunks, self.voice, self.options), self._noise(row), group)
+            Utterance(long_form(chunks, self.voice, self.options), self._noise(row, device), group)
             for row, chunks in enumerate(self.texts)
         ]
 
-    def _noise(self, row: int) -> PhiloxNoise | TorchNoise:
+    def _noise(self, row: int, device: torch.device) -> PhiloxNoise | TorchNoise:
         if self.rng == "philox":
-            return PhiloxNoise(self.seed, CPU)
-        generator = torch.Generator().manual_seed(self.seed)
-        return TorchNoise(generator, CPU, self.options.dialect, len(self.texts), row)
+            return PhiloxNoise(self.seed, device)
+        generator = torch.Generator(device).manual_seed(self.seed)
+        return TorchNoise(generator, device, self.options.dialect, len(self.texts), row)
 
 
 def random_request(rng: np.random.Generator, group: bool = False, longest: float = 0.5) -> Spoken:
@@ -144,7 +146,7 @@ def tokens_of(outcome: Outcome) -> Any:
 def spoken_alone(runner: EagerRunner, request: Spoken, kind: type[SmallRunner] = SmallRunner) -> list[Any]:
     """What each utterance of the request says when nothing else is under way, fed whole."""
     scheduler: Scheduler = Scheduler(kind(runner), limits=Limits(prefill_rows=10_000))
-    outcomes = sorted(scheduler.run(request.utterances()), key=lambda outcome: outcome.index)
+    outcomes = sorted(scheduler.run(request.utterances(runner.device)), key=lambda outcome: outcome.index)
     return [tokens_of(outcome) for outcome in outcomes]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import one_utterance
 import pytest
 import torch
-from bench_decode import floor_seconds, meets_target, step_seconds, wall_seconds
+from bench_decode import PATCHED, floor_seconds, meets_target, of_patched, step_seconds, wall_seconds
 
 from bark_fast.config import published_config
 from bark_fast.pipeline import Bark
@@ -103,6 +103,26 @@ def test_prompt_and_hiccups_do_not_count_as_steps(monkeypatch) -> None:
 )
 def test_targets(contender: str, figures: tuple[float, float, float], met: bool) -> None:
     assert meets_target(contender, *figures) is met
+
+
+@pytest.mark.parametrize(
+    ("contender", "seconds", "patched", "says"),
+    [
+        (PATCHED, 0.38e-3, 0.38e-3, "wanted at most 0.389 ms: met"),
+        (PATCHED, 0.39e-3, 0.39e-3, "wanted at most 0.389 ms: NOT MET"),
+        (
+            "static cache (max-autotune)",
+            1.36e-3,
+            1e-3,
+            "1.36 times as fast as static cache (max-autotune), wanted",
+        ),
+        ("static cache (max-autotune)", 1.34e-3, 1e-3, "wanted at least 1.35: NOT MET"),
+        ("transformers", 22.6e-3, 1e-3, "wanted at least 22.5: met"),
+        ("transformers", 22.4e-3, 1e-3, "wanted at least 22.5: NOT MET"),
+    ],
+)
+def test_targets_of_a_patched_model(contender: str, seconds: float, patched: float, says: str) -> None:
+    assert says in of_patched(contender, seconds, patched)
 
 
 def test_the_floor_is_that_of_the_steps_that_are_timed(hf_bark: Bark) -> None:

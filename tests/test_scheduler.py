@@ -29,15 +29,33 @@ from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utte
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import GenerationError, OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
+from bark_fast.pipeline import Bark
 from bark_fast.work import Decode, FinePass, Vocode
+
+
+def load_of(runner):
+    """200 requests, four of them groups, and what each says alone."""
+    rng = np.random.default_rng(0)
+    requests = [random_request(rng, group=index % 50 == 7) for index in range(200)]
+    return [(request, spoken_alone(runner, request)) for request in requests]
 
 
 @pytest.fixture(scope="module")
 def load(suno_bark):
-    """200 requests, four of them groups, and what each says alone."""
-    rng = np.random.default_rng(0)
-    requests = [random_request(rng, group=index % 50 == 7) for index in range(200)]
-    return [(request, spoken_alone(suno_bark.runner, request)) for request in requests]
+    """On the CPU."""
+    return load_of(suno_bark.runner)
+
+
+@pytest.fixture(scope="module")
+def bark_on_gpu(tiny_suno_dir):
+    """The same weights on a GPU."""
+    return Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def load_on_gpu(bark_on_gpu):
+    """What the eager runner says there."""
+    return load_of(bark_on_gpu.runner)
 
 
 class Preempting(SmallRunner):
@@ -65,7 +83,8 @@ def speak_at_random_times(scheduler, load, rng):
             for _ in range(rng.integers(0, 3)):
                 if queue:
                     place, (request, _) = queue.pop(0)
-                    session.add([(10 * place + row, one) for row, one in enumerate(request.utterances())])
+                    jobs = request.utterances(scheduler.rounds.runner.device)
+                    session.add([(10 * place + row, one) for row, one in enumerate(jobs)])
             spoken.update((outcome.index, tokens_of(outcome)) for outcome in session.wait())
     return spoken
 
@@ -87,8 +106,36 @@ def speak_at_random_times(scheduler, load, rng):
 )
 def test_200_utterances_say_what_each_says_alone(suno_bark, load, bursting, pages, limits, preempted):
     """Whole prompts, prompts in pieces; preempted at random, on few pages, on the pages of the longest one."""
+    hold_to_what_each_says_alone(load, runner_for(bursting, pages, suno_bark.runner), limits, preempted)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:a batch of:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("pages", "limits", "preempted"),
+    [
+        (None, Limits(12, 512, 4), None),
+        ("at random", Limits(12, 40, 4), 50),
+        ({"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 50),
+    ],
+)
+def test_200_utterances_in_captured_bursts_say_what_each_says_alone(
+    bark_on_gpu, load_on_gpu, pages, limits, preempted
+):
+    """CUDA graphs of any batch, beside the eager runner on the same GPU."""
+    runner = runner_for(True, pages, bark_on_gpu.runner)
+    hold_to_what_each_says_alone(load_on_gpu, runner, limits, preempted)
+    assert runner.captures
+
+
+def runner_for(bursting, pages, runner):
+    """Of few pages, or one that says so at random."""
     kinds = (Preempting, PreemptingBursts) if pages == "at random" else (SmallRunner, BurstingRunner)
-    runner = kinds[bursting](suno_bark.runner, None if pages == "at random" else pages)
+    return kinds[bursting](runner, None if pages == "at random" else pages)
+
+
+def hold_to_what_each_says_alone(load, runner, limits, preempted):
+    """Speak the load at random times; preempted: how often at least, None for never."""
     scheduler = Scheduler(runner, limits=limits)
     spoken = speak_at_random_times(scheduler, load, np.random.default_rng(2))
     for place, (request, alone) in enumerate(load):
@@ -294,8 +341,9 @@ class TestFaults:
         assert [[tokens_of(got[i])] for i in range(5)] == [alone for _, alone in five(load)]
         assert not runner.leaks()
 
-    def test_a_consumer_that_cancels_one(self, suno_bark, load, kind):
-        runner = SmallRunner(suno_bark.runner)
+    @pytest.mark.parametrize("decoding", [SmallRunner, BurstingRunner])
+    def test_a_consumer_that_cancels_one(self, suno_bark, load, kind, decoding):
+        runner = decoding(suno_bark.runner)
         seen, got = [], {}
 
         def observer(index, work, done):
@@ -318,8 +366,9 @@ class TestFaults:
         assert all([tokens_of(got[i])] == five(load)[i][1] for i in got)
         assert not runner.leaks()
 
-    def test_a_callback_that_raises(self, suno_bark, load, kind):
-        runner = SmallRunner(suno_bark.runner)
+    @pytest.mark.parametrize("decoding", [SmallRunner, BurstingRunner])
+    def test_a_callback_that_raises(self, suno_bark, load, kind, decoding):
+        runner = decoding(suno_bark.runner)
         scheduler = Scheduler(runner, max_batch=5)
 
         def observer(index, work, done):

@@ -53,7 +53,6 @@ def speech_equal(expected, got) -> None:
         {"return_dict_in_generate": True},
         {"semantic_suppress_tokens": [5, 6], "semantic_pad_token_id": 9_999},
         {"max_new_tokens": 20},
-        {"semantic_cache_implementation": "static", "coarse_cache_implementation": "static"},
     ],
     ids=str,
 )
