@@ -165,10 +165,8 @@ def main() -> None:
             for shape in SHAPES:
                 with going_on(f"{dtype}, {shape}"):
                     for row in measure(shape, dtype, rate, compiles=not options.no_compile):
-                        if not options.no_rows:
-                            append_rows(
-                                "attention", [row]
-                            )  # at once: what is interrupted keeps what it measured
+                        if not options.no_rows:  # at once: what is interrupted keeps what it measured
+                            append_rows("attention", [row])
 
 
 if __name__ == "__main__":

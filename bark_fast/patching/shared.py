@@ -92,7 +92,7 @@ def parameters_of(theirs: nn.Module, config: GPTConfig, names: Names) -> Paramet
     if len(kinds) > 1:
         raise NotCovered(f"weights of several dtypes or devices, {', '.join(sorted(map(str, kinds)))}")
     ((dtype, device),) = kinds
-    if dtype not in FLOATING or device.type not in ("cpu", "cuda"):
+    if dtype not in FLOATING or device.type not in ("cpu", "cuda"):  # whose generators are not known here
         raise NotCovered(f"weights of {dtype} on {device}")
     return found
 

@@ -14,6 +14,7 @@ from peers import HFPeer
 from suno_cases import everything
 
 import bark_fast
+from bark_fast.patching import core
 
 
 @pytest.fixture
@@ -51,6 +52,25 @@ def no_decline() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="bark_fast leaves", category=RuntimeWarning)
         yield
+
+
+@pytest.fixture
+def fail_third_swap(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Any]]:
+    """Call it, and the third module patched from then on is not; returns what every swap is asked for."""
+
+    def begin() -> list[Any]:
+        swap, calls = core.swap, []
+
+        def fail_once(*arguments: Any) -> None:
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise MemoryError
+            swap(*arguments)
+
+        monkeypatch.setattr(core, "swap", fail_once)
+        return calls
+
+    return begin
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers.generation.utils import GenerationMixin
 
 import bark_fast
 from bark_fast.errors import InvalidInput
-from bark_fast.patching import core, hf_build
+from bark_fast.patching import hf_build
 from bark_fast.patching.swap import Policy
 
 SHORT = {"semantic_max_new_tokens": 12}
@@ -309,17 +309,9 @@ def test_layers_only_take_no_dtype(peer):
     assert not bark_fast.is_patched(peer.model)
 
 
-def test_a_patch_that_fails_within_another_leaves_that_one(peer, monkeypatch):
+def test_a_patch_that_fails_within_another_leaves_that_one(peer, fail_third_swap):
     bark_fast.patch(peer.model, strict=True)
-    swap, calls = core.swap, []
-
-    def fail_once(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise MemoryError
-        swap(*arguments)
-
-    monkeypatch.setattr(core, "swap", fail_once)
+    fail_third_swap()
     with pytest.raises(MemoryError), bark_fast.patched(peer.model):
         pass
     assert peer.model.semantic._fast.policy.strict and peer.model.fine_acoustics._fast.policy.strict

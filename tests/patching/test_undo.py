@@ -114,17 +114,9 @@ def test_an_exception_in_the_midst_of_patching_leaves_nothing(peer, monkeypatch,
     assert anatomy(peer.model) == before
 
 
-def test_an_exception_in_patching_again_leaves_the_patch_that_was(peer, monkeypatch):
+def test_an_exception_in_patching_again_leaves_the_patch_that_was(peer, fail_third_swap):
     bark_fast.patch(peer.model, rng="philox")
-    before, swap, swaps = anatomy(peer.model), core.swap, []
-
-    def failing(*arguments):
-        swaps.append(arguments)
-        if len(swaps) == 3:
-            raise MemoryError
-        swap(*arguments)
-
-    monkeypatch.setattr(core, "swap", failing)
+    before, swaps = anatomy(peer.model), fail_third_swap()
     with pytest.raises(MemoryError):
         bark_fast.patch(peer.model)
     assert len(swaps) > 3 and anatomy(peer.model) == before
