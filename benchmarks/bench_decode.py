@@ -195,7 +195,7 @@ def main() -> None:
                 patched = seconds if name == PATCHED else patched
                 if batch == 1 and patched is not None and (name == PATCHED or name in TARGET_TIMES):
                     print(of_patched(name, seconds, patched), flush=True)
-    for capture in getattr(bark.runner, "captures", []):
+    for capture in bark.captures:
         print(
             f"captured {capture.model} for {capture.rows} rows: {capture.seconds:.2f} s, {capture.bytes} bytes"
         )

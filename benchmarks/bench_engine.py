@@ -164,7 +164,7 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[
     short = replace(case, seconds=[0.3] * min(len(case.seconds), case.batch))
     for run in runs.values():
         run(short)
-    if getattr(bark.runner, "captures", []):  # a graph is captured for each number of rows that the case meets
+    if bark.captures:  # a graph is captured for each number of rows that the case meets
         speak_ours(bark, case)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     seconds = {}

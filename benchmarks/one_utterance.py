@@ -92,7 +92,7 @@ def figures(bark: Bark, seconds: float, repeats: int, bounded: bool) -> list[Fig
     allocated, reserved = (
         peak(bark.device) for peak in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
     )
-    captures = getattr(bark.runner, "captures", [])
+    captures = bark.captures
     found += [
         Figure("bytes allocated at most", [allocated], duration, bytes_bound),
         Figure("bytes reserved at most", [reserved], duration),

@@ -1,4 +1,7 @@
-"""The command line as a person meets it: real processes, real files, exit codes, one-line errors."""
+"""The command line as a person meets it: real files, exit codes, one-line errors, and mostly real processes.
+
+Options and errors that need no process of their own share the tests', which has torch imported already.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bark_fast import extension
+from bark_fast.cli import main
+from bark_fast.engine.capture import Capture
+from bark_fast.pipeline import Bark
 from bark_fast.voices import VoiceLibrary, load_voice
 
 soundfile = pytest.importorskip("soundfile")
@@ -46,16 +53,43 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def say(run, tiny_suno_dir):
+def run_here(tmp_path, monkeypatch, capsys):
+    """As `run`, in this process."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, arguments)])
+        stdout, stderr = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=stdout, stderr=stderr)
+
+    call.folder = work
+    return call
+
+
+def of_tiny_model(run, tiny_suno_dir):
     """`bark-fast say` with the tiny model and half a second of speech."""
 
-    def call(*arguments, stdin=None):
-        return run(
-            "say", "--model", tiny_suno_dir, "--max-seconds", "0.5", "--seed", "1", *arguments, stdin=stdin
-        )
+    def call(*arguments, **options):
+        fixed = ("--model", tiny_suno_dir, "--max-seconds", "0.5", "--seed", "1")
+        return run("say", *fixed, *arguments, **options)
 
     call.folder = run.folder
     return call
+
+
+@pytest.fixture
+def say(run, tiny_suno_dir):
+    """`say` in a process of its own."""
+    return of_tiny_model(run, tiny_suno_dir)
+
+
+@pytest.fixture
+def say_here(run_here, tiny_suno_dir):
+    """`say` in this process."""
+    return of_tiny_model(run_here, tiny_suno_dir)
 
 
 def assert_one_line_error(done, *words):
@@ -94,17 +128,24 @@ class TestSay:
         a, *others = ((say.folder / f"{name}.wav").read_bytes() for name in "abcd")
         assert all(other == a for other in others)
 
-    def test_options_reach_the_model(self, say):
+    def test_options_reach_the_model(self, say_here):
         names = ["plain", "seed", "temperature", "top_k", "top_p", "fine", "rng", "voice"]
         extra = [
             [], ["--seed", "2"], ["--temperature", "0"], ["--top-k", "2"], ["--top-p", "0.2"],
             ["--fine-temperature", "0"], ["--rng", "torch"], ["--voice", "plain.npz"],
         ]  # fmt: skip
         for name, options in zip(names, extra, strict=True):
-            done = say("Hello there.", "-o", f"{name}.wav", "--tokens", f"{name}.npz", "-q", *options)
+            done = say_here("Hello there.", "-o", f"{name}.wav", "--tokens", f"{name}.npz", "-q", *options)
             assert done.returncode == 0, done.stderr
-        fines = [np.load(say.folder / f"{name}.npz")["fine_prompt"] for name in names]
+        fines = [np.load(say_here.folder / f"{name}.npz")["fine_prompt"] for name in names]
         assert not any(np.array_equal(fines[0], other) for other in fines[1:])
+
+    def test_graphs_that_were_captured_are_told(self, say_here, monkeypatch):
+        captures = [Capture("semantic", 1, 0.5, 3 << 20), Capture("coarse", 1, 0.25, 1 << 20)]
+        assert "CUDA graphs" not in say_here("Hello there.").stderr
+        monkeypatch.setattr(Bark, "captures", captures)
+        assert "2 captured, once for this process, in 0.8 s of these; they hold 4 MiB" in say_here("Hi.").stderr
+        assert say_here("Hello there.", "-q").stderr == ""
 
     def test_the_same_seed_gives_the_same_file(self, say):
         for name in ("a", "b"):
@@ -152,19 +193,21 @@ class TestErrors:
             (["Hello.", "--dtype", "int4"], ["int4"]),
         ],
     )
-    def test_one_line_and_no_file(self, say, arguments, words):
-        assert_one_line_error(say(*arguments, "-q"), *words)
-        assert not list(say.folder.iterdir())
+    def test_one_line_and_no_file(self, say_here, arguments, words):
+        assert_one_line_error(say_here(*arguments, "-q"), *words)
+        assert not list(say_here.folder.iterdir())
 
     @pytest.mark.parametrize(
         ("option", "words"), [("--seed", "seed is -4"), ("--max-seconds", "max_seconds"), ("--top-k", "top_k")]
     )
-    def test_an_option_is_refused_before_anything_is_loaded(self, run, option, words):
-        assert_one_line_error(run("say", "Hello.", "-q", "--model", "nowhere", option, "-4"), words)
+    def test_an_option_is_refused_before_anything_is_loaded(self, run_here, option, words):
+        assert_one_line_error(run_here("say", "Hello.", "-q", "--model", "nowhere", option, "-4"), words)
 
-    def test_text_and_voice_file_are_looked_at_before_anything_is_loaded(self, run):
-        assert_one_line_error(run("say", "", "-q", "--model", "nowhere"), "nothing to say")
-        assert_one_line_error(run("say", "Hi.", "-q", "--model", "nowhere", "-v", "missing.npz"), "missing.npz")
+    def test_text_and_voice_file_are_looked_at_before_anything_is_loaded(self, run_here):
+        assert_one_line_error(run_here("say", "", "-q", "--model", "nowhere"), "nothing to say")
+        assert_one_line_error(
+            run_here("say", "Hi.", "-q", "--model", "nowhere", "-v", "missing.npz"), "missing.npz"
+        )
 
     def test_it_is_a_module_too(self, run):
         done = subprocess.run(
@@ -180,20 +223,20 @@ class TestErrors:
         assert done.returncode == 1
         assert b"UTF-8" in done.stderr
 
-    def test_an_unknown_option_is_a_usage_error(self, run):
-        done = run("say", "Hello.", "--loud")
+    def test_an_unknown_option_is_a_usage_error(self, run_here):
+        done = run_here("say", "Hello.", "--loud")
         assert done.returncode == 2
         assert "--loud" in done.stderr
 
     @pytest.mark.parametrize("model", ["nowhere", "empty"])
-    def test_a_missing_checkpoint(self, run, tmp_path, model):
+    def test_a_missing_checkpoint(self, run_here, tmp_path, model):
         (tmp_path / "empty").mkdir()
-        assert_one_line_error(run("say", "Hello.", "-q", "--model", tmp_path / model), model)
+        assert_one_line_error(run_here("say", "Hello.", "-q", "--model", tmp_path / model), model)
 
-    def test_an_existing_file_survives_a_failure(self, say):
-        (say.folder / "a.wav").write_bytes(b"precious")
-        assert say("Hello.", "-o", "a.wav", "--voice", "nobody", "-q").returncode == 1
-        assert (say.folder / "a.wav").read_bytes() == b"precious"
+    def test_an_existing_file_survives_a_failure(self, say_here):
+        (say_here.folder / "a.wav").write_bytes(b"precious")
+        assert say_here("Hello.", "-o", "a.wav", "--voice", "nobody", "-q").returncode == 1
+        assert (say_here.folder / "a.wav").read_bytes() == b"precious"
 
     @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
     def test_ctrl_c_leaves_no_file(self, run, tmp_path, tiny_suno_dir):
@@ -241,16 +284,16 @@ class TestOtherCommands:
         assert done.returncode == 0, done.stderr
         assert soundfile.info(run.folder / "out.wav").frames > 0
 
-    def test_make_checkpoint_refuses_a_folder_in_use(self, run):
-        (run.folder / "model").mkdir()
-        (run.folder / "model" / "file").write_text("mine")
-        assert_one_line_error(run("make-checkpoint", "model", "-q"), "model")
-        assert [p.name for p in (run.folder / "model").iterdir()] == ["file"]
+    def test_make_checkpoint_refuses_a_folder_in_use(self, run_here):
+        (run_here.folder / "model").mkdir()
+        (run_here.folder / "model" / "file").write_text("mine")
+        assert_one_line_error(run_here("make-checkpoint", "model", "-q"), "model")
+        assert [p.name for p in (run_here.folder / "model").iterdir()] == ["file"]
 
-    def test_help_and_version(self, run):
-        assert "say" in run("--help").stdout
-        assert "--voice" in run("say", "-h").stdout
-        assert "0.1.0" in run("--version").stdout
+    def test_help_and_version(self, run_here):
+        assert "say" in run_here("--help").stdout
+        assert "--voice" in run_here("say", "-h").stdout
+        assert "0.1.0" in run_here("--version").stdout
 
 
 class TestStreamsThatAreNotThere:

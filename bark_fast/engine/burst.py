@@ -21,16 +21,6 @@ BURST = 10
 
 
 @dataclass(frozen=True)
-class Capture:
-    """A step captured as a CUDA graph: for how many rows, and the seconds and bytes that took."""
-
-    model: str
-    rows: int
-    seconds: float
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Shape:
     """What a captured step is fixed to: rows, rows [low, high) of the head, widest window, any filters."""
 

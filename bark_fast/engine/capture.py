@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Lock
 
 import torch
 
 ONE_CAPTURE = Lock()
 """torch captures one graph at a time in a process; replicas have threads of their own."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A step captured as a CUDA graph: for how many rows, and the seconds and bytes that took."""
+
+    model: str
+    rows: int
+    seconds: float
+    bytes: int
 
 
 class GraphMemory:

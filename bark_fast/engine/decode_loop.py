@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from bark_fast.engine.burst import BURST, Buffers, Burst, Capture, Row, Shape, place_of, row_of
-from bark_fast.engine.capture import GraphMemory
+from bark_fast.engine.burst import BURST, Buffers, Burst, Row, Shape, place_of, row_of
+from bark_fast.engine.capture import Capture, GraphMemory
 from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence

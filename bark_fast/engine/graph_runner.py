@@ -7,8 +7,7 @@ from functools import cached_property
 
 import torch
 
-from bark_fast.engine.burst import Capture
-from bark_fast.engine.capture import GraphMemory
+from bark_fast.engine.capture import Capture, GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.sequence import Sequence

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bark_fast.engine.capture import Capture
 from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, KVPool
 from bark_fast.engine.memory import Offloader, cache_pages
 from bark_fast.engine.sequence import Sequence
@@ -107,6 +108,11 @@ class EagerRunner:
         self.offloader: Offloader | None = None
         if offload_to is not None:
             self.offloader = Offloader(modules, offload_to)
+
+    @property
+    def captures(self) -> list[Capture]:
+        """The steps captured as CUDA graphs so far: none."""
+        return []
 
     @property
     def fine_model(self) -> FineGPT:
