@@ -3,12 +3,17 @@
 python benchmarks/compiled.py --arch 90 [--family attention]. Launchers are called on meta tensors, so that the
 kernels, constants and options are those a real call would use; Triton compiles them down to machine code and
 nothing is launched. Registers, spills, shared memory and instructions are read off the cubin.
+
+That takes half an hour of one core. A kernel's key is of its source, its constants, its options and the types
+of its arguments. What has the key of a row of the table under results/ would be compiled to what is said
+there, by the same version of Triton: --sample N takes the table's word but for each N-th such key.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,10 +21,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from demands import WIDE_SHARE, wants_tensor_cores
@@ -35,12 +42,17 @@ MAX_BLOCKS_PER_PROCESSOR = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel of one launch as compiled: what it takes from the chip, and which instructions it has."""
+    """One kernel of one launch as compiled: what it takes from the chip, and which instructions it has.
+
+    key: of what it is compiled from. anew: it was compiled, not read off the table.
+    """
 
     family: str
     launch: str
     kernel: str
     arch: int
+    key: str
+    anew: bool
     grid: tuple[int, ...]
     warps: int
     registers: int
@@ -94,6 +106,14 @@ class Compiled:
         return found
 
 
+FIGURES = {
+    "warps": int, "registers": int, "spill_bytes": int, "shared_bytes": int, "tensor_memory_columns": int,
+    "scratch_bytes": int, "tensor_core_instructions": int, "wide_loads": int, "wide_share": float,
+    "loads_at_once": int,
+}  # fmt: skip
+"""Columns of the table that only a compiled kernel tells."""
+
+
 def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int | float]]:
     """Registers, spilled bytes and counts of instructions of cubins with one kernel each."""
     from triton import backends
@@ -109,7 +129,7 @@ def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int | float]]:
             "spill_bytes": max(int(figures["STACK"]), int(figures["LOCAL"])) if spilling else 0,
             "tensor_core_instructions": len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)\b", code)),
             "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b(?:128|256)\b", code)),
-            "wide_share": wide_share(code),
+            "wide_share": round(wide_share(code), 4),
             "loads_at_once": loads_at_once(code),
         })  # fmt: skip
     return results
@@ -119,6 +139,8 @@ def disassemble(cubins: list[bytes], arch: int, nvdisasm: Path) -> list[str]:
     """The instructions of each, a line each. nvdisasm takes half a second to begin: it gets all at once."""
     from elftools.elf.elffile import ELFFile
 
+    if not cubins:  # all are known
+        return []
     sections = [ELFFile(io.BytesIO(cubin)).iter_sections() for cubin in cubins]
     codes = [b"".join(one.data() for one in parts if one.name.startswith(".text.")) for parts in sections]
     accelerated = "a" if arch >= 90 else ""  # what Triton compiles for
@@ -168,50 +190,93 @@ def set_offline(arch: int) -> None:
     driver.set_active(Offline())
 
 
-def compile_family(family: str, arch: int) -> list[Compiled]:
-    """Compile all launches of a family; a kernel that two launches share in every way is listed once."""
+Known = Mapping[tuple[int, str], Mapping[str, Any]]
+
+KEYS: dict[Any, str] = {}
+"""Of kernels compiled in this process, which Triton keeps and does not look up again."""
+
+
+def known_kernels() -> Known:
+    """The table's figures by architecture and key, where this version of Triton made it."""
+    from triton import __version__
+
+    with RESULTS.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["triton"] == __version__]
+    figures = [{name: of(row[name]) for name, of in FIGURES.items()} for row in rows]
+    return {(int(row["arch"][3:]), row["key"]): found for row, found in zip(rows, figures, strict=True)}
+
+
+def compile_family(family: str, arch: int, known: Known, sample: int) -> list[Compiled]:
+    """Compile all launches of a family; a kernel that two launches share in every way is listed once.
+
+    known: figures of kernels that are compiled for each `sample`-th key only.
+    """
     from triton.runtime import JITFunction
+    from triton.runtime.jit import JITCallable
 
     from bark_fast.kernels.target import KNOWN, assume
 
-    made: list[tuple[Any, tuple[int, ...], bool]] = []
-    run = JITFunction.run
+    made: list[tuple[str, Any, dict[str, Any]]] = []
+    key = ""
+    run, do_compile = JITFunction.run, JITFunction._do_compile
+
+    def compile_unknown(self: Any, lookup: str, *args: Any, **options: Any) -> Any:
+        nonlocal key
+        key = hashlib.sha256(f"{self.cache_key} {lookup}".encode()).hexdigest()[:16]
+        if (arch, key) in known and int(key, 16) % sample:
+            return None
+        kernel = do_compile(self, lookup, *args, **options)
+        KEYS[kernel] = key
+        return kernel
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
-        size = grid(options) if callable(grid) else grid
+        name, size = self.fn.__name__, grid(options) if callable(grid) else grid
         dtypes = {each.dtype for each in args if isinstance(each, torch.Tensor)}
-        wants = wants_tensor_cores(self.fn.__name__, dtypes, options)
-        made.append((kernel, tuple(int(n) for n in size), wants))
+        named = {
+            "kernel": name, "grid": tuple(int(n) for n in size), "wants_wide_share": WIDE_SHARE[name],
+            "wants_tensor_cores": wants_tensor_cores(name, dtypes, options),
+        }  # fmt: skip
+        made.append((key if kernel is None else KEYS[kernel], kernel, named))
         return kernel
 
     set_offline(arch)
-    JITFunction.run = compile_only
     distinct: dict[tuple[str, int], tuple[Any, dict[str, Any]]] = {}
-    with assume(KNOWN[arch]):
+    # Triton's key has the line that a kernel begins in: one that only moved within its file is the same
+    unmoved = property(lambda self: 0, lambda self, line: None)
+    with (
+        assume(KNOWN[arch]),
+        patch.object(JITFunction, "run", compile_only),
+        patch.object(JITFunction, "_do_compile", compile_unknown),
+        patch.object(JITCallable, "starting_line_number", unmoved, create=True),
+    ):
         for launch in launches(family, torch.device("meta")):
             made.clear()
             launch.call()
             if not made:
                 raise SystemExit(f"{family}: {launch.name} launched nothing")
-            for kernel, grid, tensor_cores in made:
-                named = {
-                    "launch": launch.name, "grid": grid, "wants_tensor_cores": tensor_cores,
-                    "wants_wide_share": WIDE_SHARE[kernel.metadata.name],
-                    "wants_loads_at_once": launch.loads_at_once,
-                }  # fmt: skip
-                distinct.setdefault((kernel.metadata.hash, launch.loads_at_once), (kernel, named))
-    JITFunction.run = run
-    seen = inspect([kernel.asm["cubin"] for kernel, _ in distinct.values()], arch)
+            for one, kernel, named in made:
+                named |= {"launch": launch.name, "wants_loads_at_once": launch.loads_at_once}
+                distinct.setdefault((one, launch.loads_at_once), (kernel, named))
+    seen = iter(inspect([kernel.asm["cubin"] for kernel, _ in distinct.values() if kernel], arch))
     return [
         Compiled(
-            family=family, kernel=kernel.metadata.name, arch=arch, warps=kernel.metadata.num_warps,
-            shared_bytes=kernel.metadata.shared,
-            tensor_memory_columns=getattr(kernel.metadata, "tmem_size", 0) or 0,
-            scratch_bytes=getattr(kernel.metadata, "global_scratch_size", 0) or 0, **named, **figures,
+            family=family, arch=arch, key=one, anew=kernel is not None, **named,
+            **(known[arch, one] if kernel is None else _metadata(kernel) | next(seen)),
         )
-        for (kernel, named), figures in zip(distinct.values(), seen, strict=True)
+        for (one, _), (kernel, named) in distinct.items()
     ]  # fmt: skip
+
+
+def _metadata(kernel: Any) -> dict[str, int]:
+    """Figures that Triton knows of a kernel."""
+    found = kernel.metadata
+    return {
+        "warps": found.num_warps,
+        "shared_bytes": found.shared,
+        "tensor_memory_columns": getattr(found, "tmem_size", 0) or 0,
+        "scratch_bytes": getattr(found, "global_scratch_size", 0) or 0,
+    }
 
 
 def table(compiled: list[Compiled]) -> list[dict[str, object]]:
@@ -221,10 +286,8 @@ def table(compiled: list[Compiled]) -> list[dict[str, object]]:
     return [
         {
             "triton": __version__, "arch": f"sm_{c.arch}", "family": c.family, "launch": c.launch,
-            "kernel": c.kernel, "grid": "x".join(map(str, c.grid)), "warps": c.warps, "registers": c.registers,
-            "shared_bytes": c.shared_bytes, "occupancy": f"{c.occupancy:.2f}",
-            "tensor_core_instructions": c.tensor_core_instructions, "wide_loads": c.wide_loads,
-            "loads_at_once": c.loads_at_once, "spill_bytes": c.spill_bytes,
+            "kernel": c.kernel, "grid": "x".join(map(str, c.grid)), "occupancy": f"{c.occupancy:.2f}",
+            **{name: getattr(c, name) for name in FIGURES}, "key": c.key,
         }
         for c in compiled
     ]  # fmt: skip
@@ -237,6 +300,12 @@ def main() -> None:
         "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(WARPS_PER_PROCESSOR)
     )
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=1,
+        help=f"Of kernels that {RESULTS.name} has, compile each N-th. [default: 1]",
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON for a program.")
     parser.add_argument("--rows", action="store_true", help=f"Write {RESULTS.name} anew.")
     options = parser.parse_args()
@@ -244,7 +313,9 @@ def main() -> None:
         raise SystemExit("TRITON_INTERPRET is set, so Triton interprets and compiles nothing; unset it")
     from bark_fast.kernels.target import KNOWN
 
-    compiled = [c for arch in options.arch for family in options.family for c in compile_family(family, arch)]
+    known = known_kernels()
+    pairs = [(family, arch) for arch in options.arch for family in options.family]
+    compiled = [c for family, arch in pairs for c in compile_family(family, arch, known, options.sample)]
     rows = table(compiled)
     if options.json:
         found = (c.faults(KNOWN[c.arch].shared_memory) for c in compiled)

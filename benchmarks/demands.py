@@ -33,5 +33,6 @@ WIDE_SHARE = {
 
 
 def wants_tensor_cores(kernel: str, dtypes: Set[torch.dtype], constants: Mapping[str, object]) -> bool:
-    """Whether it multiplies in 16 bits; one row of a head is multiplied out in registers."""
-    return kernel in PRODUCTS and bool(HALVES & dtypes) and constants.get("ROWS") != 1
+    """Whether it multiplies in 16 bits or TF32; one row of a head is multiplied out in registers."""
+    short = bool(HALVES & dtypes) or constants.get("PRECISION") == "tf32"
+    return kernel in PRODUCTS and short and constants.get("ROWS") != 1

@@ -4,8 +4,8 @@ query (batch, heads, time, head_dim), key and value (batch, heads, keys, head_di
 and a unit last one, so that views of a packed projection are read where they lie. The softmax is online
 (Milakov & Gimelshein, 2018; blocked as in Dao, 2023) in base 2: scores, their maxima and sums and the output
 are float32, weights are rounded to the inputs' dtype for the second product. float32 is multiplied as float32,
-never TF32. Keys from a sequence's length on, and those its mask leaves out, are not read; nor is a block of
-keys that no query of the program may see.
+or as TF32 where torch is told to (`target.precision`). Keys from a sequence's length on, and those its mask
+leaves out, are not read; nor is a block of keys that no query of the program may see.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, registers, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E: float = 1.4426950408889634
@@ -60,32 +60,32 @@ def wide(x):
 
 
 @triton.jit
-def join_values(weights, keep, v, total, acc):
+def join_values(weights, keep, v, total, acc, PRECISION: tl.constexpr):
     """Rescale the running sum and output by `keep` and add a step's weights and weighted values."""
     total = total * keep + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision="ieee")
+    acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
     return total, acc
 
 
 @triton.jit
-def open_step(q, k, v, scale, maximum, total, acc):
+def open_step(q, k, v, scale, maximum, total, acc, PRECISION: tl.constexpr):
     """A step all of whose keys every query sees. scale: of scores, with log2(e), positive."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])  # one fused multiply-add before the exponential
-    total, acc = join_values(weights, tl.exp2(maximum - highest), v, total, acc)
+    total, acc = join_values(weights, tl.exp2(maximum - highest), v, total, acc, PRECISION)
     return highest, total, acc
 
 
 @triton.jit
-def masked_step(q, k, v, seen, scale, maximum, total, acc):
+def masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION: tl.constexpr):
     """A step of which each query sees the keys in `seen`, perhaps none."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     scores = tl.where(seen, scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far: exp2(-inf - 0) is 0, not NaN
     weights = tl.exp2(scores - base[:, None])
-    total, acc = join_values(weights, tl.exp2(maximum - base), v, total, acc)
+    total, acc = join_values(weights, tl.exp2(maximum - base), v, total, acc, PRECISION)
     return highest, total, acc
 
 
@@ -102,7 +102,7 @@ def _attention_kernel(
     mask_batch, mask_key, length_stride,
     heads, time, keys, turn, scale,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(time, BLOCK_M)
     if CAUSAL:
@@ -141,7 +141,7 @@ def _attention_kernel(
     for start in range(0, every, BLOCK_N):
         k = tl.load(key + wide(start) * k_time + k_tile)
         v = tl.load(value + wide(start) * v_time + v_tile)
-        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc)
+        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc, PRECISION)
     for start in range(every, limit, BLOCK_N):
         present = start + columns < length
         if HAS_MASK:
@@ -151,7 +151,7 @@ def _attention_kernel(
         seen = present[None, :]
         if CAUSAL:
             seen = seen & (start + columns[None, :] < rows[:, None] + ahead)
-        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc)
+        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION)
     target = out + rows.to(tl.int64)[:, None] * o_time + dims[None, :]
     tl.store(target, normalized(total, acc).to(out.dtype.element_ty), inside)
 
@@ -185,7 +185,7 @@ def attention(
         mask.stride(0), mask.stride(1), ends.stride(0),
         heads, time, keys, turn, scale * LOG2_E,
         CAUSAL=causal, HAS_MASK=key_mask is not None, HAS_LENGTHS=lengths is not None,
-        HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys,
+        HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys, PRECISION=precision(query.dtype),
         num_warps=entry.warps, num_stages=entry.stages,
         # not told so, ptxas spills with a mask to fit one program more onto a processor (SASS of triton 3.9)
         **(registers(255) if head_dim == 128 and query.dtype == torch.float32 else {}), **COMPILE,

@@ -1,9 +1,9 @@
 """Linear layers of many rows on tensor cores: act(LN(x) @ weight.T + bias) + residual.
 
 x (rows, k), weight (n, k) as torch.nn.Linear keeps it, out (rows, n). Products accumulate in fp32; in fp32
-they are true fp32 multiply-adds. A LayerNorm (up to 16 rows; more are normalised beforehand, by
-kernels.layer_norm) has its statistics and normalised values in fp32, and the normalised row is rounded to the
-weight's dtype before the product, as torch rounds it.
+they are true fp32 multiply-adds, or of TF32 where torch is told to (`target.precision`). A LayerNorm (up to 16
+rows; more are normalised beforehand, by kernels.layer_norm) has its statistics and normalised values in fp32,
+and the normalised row is rounded to the weight's dtype before the product, as torch rounds it.
 
 Where the tiles of out are too few to fill the chip, k is split: each program leaves its partial sums in
 scratch, and the last to arrive at a tile adds them in the order of the splits, so results do not depend on who
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
-from bark_fast.kernels.target import COMPILE, Target, registers
+from bark_fast.kernels.target import COMPILE, Target, precision, registers
 
 MAX_NORM_ROWS = 16
 MAX_NORM_BYTES = 512
@@ -95,7 +95,7 @@ def _matmul_kernel(
     HAS_NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     GELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -133,7 +133,7 @@ def _matmul_kernel(
             values = y.to(w.dtype)
             # a step ahead; the compiler fetches the weight ahead, but not elements as small as these
             gain, shift = _gains(norm_weight, norm_bias, columns + BLOCK_K, k, HAS_NORM_BIAS)
-        sums = tl.dot(values, tl.trans(w), sums, input_precision="ieee")
+        sums = tl.dot(values, tl.trans(w), sums, input_precision=PRECISION)
     if SPLITS == 1:
         _finish(
             sums, bias, residual, out, rows, lines, m, n, residual_stride, out_stride,
@@ -249,7 +249,7 @@ def matmul(
         HAS_RESIDUAL=residual is not None, GELU=gelu,
         BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, GROUP=8, SPLITS=chosen.splits,
         STEPS=steps, BLOCKS=blocks, EVEN=span * chosen.splits == k,
-        WHOLE=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl,
+        WHOLE=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl, PRECISION=precision(x.dtype),
         num_warps=chosen.warps, num_stages=chosen.stages,
         # a processor has one or two of these programs, so none need save registers: not told so, ptxas loads
         # half of the rows to normalise and waits before it loads the others, or spills at 56 registers

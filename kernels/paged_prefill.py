@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, registers, target_of
+from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
 
 
 def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, pairs: int) -> Blocks:
@@ -41,6 +41,7 @@ def _prefill_kernel(
     qkv_row, table_stride, slot_stride, out_row,
     rows, columns, num_pages, n_head, scale,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, seq = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, stop = tl.load(query_starts + seq), tl.load(query_starts + seq + 1)
@@ -80,7 +81,7 @@ def _prefill_kernel(
         lie = place[:, None] + dims[None, :]
         k = tl.load(k_pages + lie, there[:, None], 0.0)
         v = tl.load(v_pages + lie, there[:, None], 0.0)
-        maximum, total, acc = masked_step(q, k, v, there[None, :], scale, maximum, total, acc)
+        maximum, total, acc = masked_step(q, k, v, there[None, :], scale, maximum, total, acc, PRECISION)
 
     fresh = qkv + width + start.to(tl.int64) * qkv_row
     tile = column[:, None] * qkv_row + dims[None, :]
@@ -89,13 +90,13 @@ def _prefill_kernel(
     for at in range(blind, every, BLOCK_N):
         k = tl.load(fresh + wide(at) * qkv_row + tile)
         v = tl.load(fresh + width + wide(at) * qkv_row + tile)
-        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc)
+        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc, PRECISION)
     for at in range(every, limit, BLOCK_N):
         present = (at + column < limit)[:, None]
         k = tl.load(fresh + wide(at) * qkv_row + tile, present, 0.0)
         v = tl.load(fresh + width + wide(at) * qkv_row + tile, present, 0.0)
         seen = at + column[None, :] <= index[:, None]
-        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc)
+        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION)
     target = out + row[:, None] * out_row + head * HEAD_DIM + dims[None, :]
     tl.store(target, normalized(total, acc).to(out.dtype.element_ty), inside[:, None])
 
@@ -122,6 +123,7 @@ def paged_prefill(
         qkv.stride(0), block_table.stride(0), slots.stride(0), out.stride(0),
         rows, columns, num_pages, n_head, scale * LOG2_E,
         PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys,
+        PRECISION=precision(qkv.dtype),
         num_warps=entry.warps, num_stages=entry.stages,
         # not told so, ptxas spills for sm_100 (SASS of triton 3.9)
         **(registers(255) if head_dim == 128 and qkv.dtype == torch.float32 else {}), **COMPILE,

@@ -59,6 +59,15 @@ def registers(most: int) -> dict[str, int]:
     return {} if torch.version.hip else {"maxnreg": most}
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How tensor-core kernels multiply: fp32 as fp32, or as TF32 where torch is told to, for its own products.
+
+    That is `torch.backends.cuda.matmul.fp32_precision`, or its older names; by default it is not.
+    """
+    asked = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if asked else "ieee"
+
+
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """`launch` with the GPU of its first argument as the current one, which Triton launches on."""
 

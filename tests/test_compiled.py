@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from production import FAMILIES
 from sass import loads_at_once, wide_share
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
+SAMPLE = 6
+"""Of kernels that the table lists as this version of Triton compiles them, each N-th is compiled anew."""
 
 
 @pytest.mark.timeout(1800)
@@ -24,17 +27,14 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_and_fit(family: str, arch: int) -> None:
     triton = pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = (sys.executable, SCRIPT, "--arch", str(arch), "--family", family, "--json")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = json.loads(done.stdout)
+    options = ("--arch", str(arch), "--family", family, "--json", "--sample", str(SAMPLE))
+    compiled = in_triton(str(SCRIPT), *options)
     assert {c["arch"] for c in compiled} == {arch}
     for c in compiled:
         print(
             f"sm_{c['arch']} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} regs "
             f"{c['shared_bytes']:6} B shared {c['tensor_core_instructions']:4} mma {c['wide_share']:4.0%} wide "
-            f"{c['loads_at_once']:2} at once {c['row']['occupancy']} occupied"
+            f"{c['loads_at_once']:2} at once {c['row']['occupancy']} occupied{' anew' * c['anew']}"
         )
     assert not [(c["arch"], c["launch"], c["kernel"], c["faults"]) for c in compiled if c["faults"]]
     with RESULTS.open(newline="") as file:
@@ -50,6 +50,26 @@ def differences(recorded: list[dict[str, str]], rows: list[dict[str, object]]) -
     return [row for row in recorded if row not in compiled] + [row for row in compiled if row not in recorded]
 
 
+CHANGED = """
+import json
+import compiled
+from bark_fast.kernels.decode_state import _advance_kernel
+known = compiled.known_kernels()
+never = 1 << 70
+def anew(table):
+    return [c.anew for c in compiled.compile_family("decode_state", 90, table, never)]
+found = {"unchanged": anew(known), "unlisted": anew({})}
+_advance_kernel._unsafe_update_src(_advance_kernel.src.replace("+ 1", "+ 2", 1))
+found["changed"] = anew(known)
+print(json.dumps([bool(known), found]))
+"""
+
+
+def test_what_is_not_in_the_table_or_has_changed_is_compiled() -> None:
+    listed, found = in_triton("-c", CHANGED)
+    assert found == {"unchanged": [not listed], "unlisted": [True], "changed": [True]}
+
+
 @pytest.mark.parametrize("change", [{"registers": 57}, {"occupancy": "0.25"}, {"shared_bytes": 0}])
 def test_a_table_of_other_kernels_is_noticed(change: dict[str, object]) -> None:
     row: dict[str, object] = {"launch": "l", "registers": 56, "occupancy": "0.50", "shared_bytes": 1024}
@@ -59,18 +79,24 @@ def test_a_table_of_other_kernels_is_noticed(change: dict[str, object]) -> None:
     assert differences(recorded, []) == differences([], [row]) == recorded
 
 
-def specialised(*options: str) -> dict[str, int]:
-    """Of each kernel, how many Triton would compile as the batch changes size (`specialised.py`)."""
+def in_triton(*command: str) -> Any:
+    """What Python prints, as JSON, where Triton compiles instead of interpreting."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # an empty part would be the checkout, where the package has no kernels beside it
     paths = filter(None, (str(SCRIPT.parent), environment.get("PYTHONPATH")))
-    command = (sys.executable, Path(__file__).with_name("specialised.py"), *options)
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**environment, "PYTHONPATH": os.pathsep.join(paths)}
+        (sys.executable, *command), capture_output=True, text=True, env=environment, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
+
+
+def specialised(*options: str) -> dict[str, int]:
+    """Of each kernel, how many Triton would compile as the batch changes size (`specialised.py`)."""
+    counts: dict[str, int] = in_triton(str(Path(__file__).with_name("specialised.py")), *options)
+    return counts
 
 
 def test_a_batch_that_changes_size_compiles_nothing_anew() -> None:
@@ -83,9 +109,10 @@ def test_specialising_on_every_argument_would_be_noticed() -> None:
 
 
 SOUND = Compiled(
-    family="f", launch="l", kernel="k", arch=90, grid=(8, 1, 1), warps=4, registers=64, spill_bytes=0,
-    shared_bytes=1024, tensor_memory_columns=0, scratch_bytes=0, tensor_core_instructions=1, wide_loads=8,
-    wide_share=0.9, loads_at_once=8, wants_tensor_cores=True, wants_wide_share=0.9, wants_loads_at_once=8,
+    family="f", launch="l", kernel="k", arch=90, key="", anew=True, grid=(8, 1, 1), warps=4, registers=64,
+    spill_bytes=0, shared_bytes=1024, tensor_memory_columns=0, scratch_bytes=0, tensor_core_instructions=1,
+    wide_loads=8, wide_share=0.9, loads_at_once=8, wants_tensor_cores=True, wants_wide_share=0.9,
+    wants_loads_at_once=8,
 )  # fmt: skip
 
 

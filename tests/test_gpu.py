@@ -14,6 +14,12 @@ from bark_fast.ops.noise import PhiloxNoise, philox4x32
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def convolutions_in_fp32(monkeypatch):
+    """torch's are of TF32, 10 bits of mantissa, unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def gpu_bark(tiny_suno_dir):
     """The tiny model in fp32 on the GPU."""
@@ -39,7 +45,7 @@ def test_tokens_equal_those_of_the_cpu(suno_bark, gpu_bark):
         assert np.array_equal(cpu.tokens.semantic, gpu.tokens.semantic)
         assert np.array_equal(cpu.tokens.coarse, gpu.tokens.coarse)
         assert np.array_equal(cpu.tokens.fine, gpu.tokens.fine)
-        assert np.abs(cpu.samples - gpu.samples).max() < 1e-3
+        assert np.abs(cpu.samples - gpu.samples).max() < 1e-4
 
 
 def test_greedy_tokens_equal_those_of_the_cpu(suno_bark, gpu_bark):

@@ -4,8 +4,9 @@ Every product accumulates in fp32 and LayerNorm's statistics are fp32. In fp16 a
 every operation. Triton keeps fp32 up to the one rounding of the result, with two exceptions: a tensor-core
 product wants the normalised row in the weight's dtype, so there it is rounded, as torch rounds it, and what
 cuBLAS multiplies is rounded before GELU or residual. Which kernel runs depends on the number of rows (see
-kernels/norm_linear.py), so a row's last bits may depend on how many rows run beside it. The kernels never use
-TF32 for fp32; cuBLAS obeys `torch.backends.cuda.matmul.allow_tf32`, which is off by default.
+kernels/norm_linear.py), so a row's last bits may depend on how many rows run beside it. fp32 is multiplied as
+TF32 only where `torch.backends.cuda.matmul.fp32_precision` (or `allow_tf32`) asks for it; what streams its
+weights past a few rows keeps to fp32 even then, which costs nothing there.
 
 On the CPU the compiled extension takes up to `COMPILED_ROWS` rows (`dispatch.prefer("torch")` keeps it out):
 weights are read once, everything is fp32 up to the one rounding of the result, and a row's bits depend neither

@@ -38,6 +38,17 @@ class Launch:
     loads_at_once: int = 0
 
 
+def tf32(call: Callable[[], object]) -> None:
+    """A call while torch is told that fp32 may be multiplied as TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        call()
+    finally:
+        matmul.fp32_precision = before
+
+
 def launches(family: str, device: torch.device) -> Iterator[Launch]:
     """All production launches of a family. device: "cuda" to run them, "meta" to compile them only."""
     module = import_module(f"production.{family}")

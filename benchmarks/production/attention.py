@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from bark_fast.kernels import attention as kernels
-from production import DTYPES, WIDTHS, Launch
+from production import DTYPES, WIDTHS, Launch, tf32
 
 CONTEXT = 1_024
 SHAPES = (
@@ -38,6 +39,9 @@ def launches(device: torch.device) -> Iterator[Launch]:
         for head_dim, *rest in OTHERS:
             name = f"head size {head_dim} {str(dtype).removeprefix('torch.')}"
             yield _launch(name, 768 // head_dim, dtype, device, head_dim, *rest)
+    for shape in SHAPES:
+        launch = _launch("small tf32", 12, torch.float32, device, 64, *shape)
+        yield replace(launch, call=partial(tf32, launch.call))
 
 
 def _launch(

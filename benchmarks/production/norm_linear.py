@@ -14,7 +14,7 @@ import torch
 from bark_fast.kernels import matmul
 from bark_fast.kernels import norm_linear as kernels
 from bark_fast.kernels.target import target_of
-from production import BIAS_ROWS, DTYPES, ROWS, WIDTHS, Launch
+from production import BIAS_ROWS, DTYPES, ROWS, WIDTHS, Launch, tf32
 
 SEMANTIC_OUTPUTS, CODES = 10_001, 1_024
 
@@ -53,6 +53,12 @@ def launches(device: torch.device) -> Iterator[Launch]:
         tile = matmul.tile(target_of(device), dtype, 1024, 1024, 1024)
         call = partial(kernels.planned, tile, x, None, weight, None, residual, False)
         yield Launch(f"triton out {dtype} rows 1024", call)
+    for rows in (16, 64):  # the table leaves fp32 to cuBLAS, too
+        x, weight, norm, _ = operands(rows, 3 * 768, 768, torch.float32, device)
+        tile = matmul.tile(target_of(device), torch.float32, rows, 3 * 768, 768)
+        call = partial(kernels.planned, tile, x, norm if rows == 16 else None, weight, None, None, False)
+        yield Launch(f"triton small qkv float32 rows {rows}", call)
+        yield Launch(f"triton small qkv tf32 rows {rows}", partial(tf32, call))
 
 
 def _launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from bark_fast.kernels import paged_kv as kernels
 from bark_fast.kernels import paged_prefill as prefill
 from bark_fast.ops.paged_kv import attention_scratch
-from production import DTYPES, WIDTHS, Launch
+from production import DTYPES, WIDTHS, Launch, tf32
 
 COLUMNS, PAGES = 64, 4_096
 PROMPTS = ((257, 1), (887, 1), (8 * 257, 8))
@@ -27,6 +28,9 @@ def launches(device: torch.device) -> Iterator[Launch]:
         for head_dim, page_size in OTHERS:
             name = f"head size {head_dim} {str(dtype).removeprefix('torch.')}"
             yield from _launches(name, 768 // head_dim, head_dim, page_size, dtype, device, (1,), PROMPTS[:1])
+    for launch in _launches("small tf32", 12, 64, 16, torch.float32, device):
+        if "prefill" in launch.name:  # nothing else multiplies on tensor cores
+            yield replace(launch, call=partial(tf32, launch.call))
 
 
 def _launches(

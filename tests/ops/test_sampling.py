@@ -253,13 +253,16 @@ def test_the_semantic_window(device: str, dialect: str, values: dict[str, Any]) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_hundred_thousand_rows_on_a_gpu(dtype: torch.dtype) -> None:
-    """Production's shapes, one row a program."""
-    for width, count in ((1024, 2000), (10_001, 500)):
-        for values in ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.5, "temperature": 0.7}, {"temperature": 0.7}):
+    """Production's shapes, one row a program; k around the 1,024 columns that a program narrows a row to."""
+    settings: list[dict[str, Any]] = [
+        {"top_k": 50, "top_p": 0.9}, {"top_p": 0.5, "temperature": 0.7}, {"temperature": 0.7}, {"top_p": 0.999},
+        *({"top_k": k} for k in (1, 1023, 1024, 1025)),
+    ]  # fmt: skip
+    for width, count in ((1024, 4000), (10_001, 2500)):
+        x, q = logits_of(count, width).to("cuda", dtype), noise_of(count, width).cuda()
+        for values in settings:
             for dialect in ("suno", "hf"):
                 rule = rule_of(dialect, width, **values)
-                x = logits_of(count, width).to("cuda", dtype)
-                q = noise_of(count, width).cuda()
                 got = draw(x, q, pack_rules([rule], "cuda").expand(count))
                 differing = (got != reference(x, q, rule)) & ~near_boundary(x.float(), rule)
                 # exp and log differ in the last bits: two candidates closer than that may swap

@@ -1,0 +1,108 @@
+"""fp32 is multiplied as fp32, and as TF32 only where torch is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from paged_batches import make_batch
+from torch import Tensor
+
+from bark_fast.ops.attention import attention
+from bark_fast.ops.dispatch import prefer
+from bark_fast.ops.paged_prefill import paged_prefill
+
+target = pytest.importorskip("bark_fast.kernels.target")
+norm_linear = pytest.importorskip("bark_fast.kernels.norm_linear")
+TILE = norm_linear.matmul.tile(target.KNOWN[90], torch.float32, 64, 768, 768)
+"""What multiplies fp32 on tensor cores where the table does not leave it to cuBLAS."""
+MATMUL = torch.backends.cuda.matmul
+
+ASKING: dict[str, Callable[[], None]] = {
+    "by the old flag": partial(setattr, MATMUL, "allow_tf32", True),
+    "by precision": partial(torch.set_float32_matmul_precision, "high"),
+    "by the new flag": partial(setattr, MATMUL, "fp32_precision", "tf32"),
+    "for all of torch": partial(setattr, torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.fixture(autouse=True)
+def flags() -> Iterator[None]:
+    """Leave torch's flags as they were."""
+    before = torch.backends.fp32_precision, MATMUL.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision, MATMUL.fp32_precision = before
+
+
+@pytest.mark.parametrize("asking", ASKING)
+def test_torchs_flag_asks_for_it(asking: str) -> None:
+    assert target.precision(torch.float32) == "ieee"
+    ASKING[asking]()
+    assert target.precision(torch.float32) == "tf32"
+    # one kernel, either way
+    assert target.precision(torch.float16) == target.precision(torch.bfloat16) == "ieee"
+
+
+def products() -> dict[str, Callable[[], object]]:
+    """A call of each kernel that may multiply fp32 on tensor cores."""
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    qkv = random(1, 33, 3, 2, 32).permute(2, 0, 3, 1, 4)
+    batch = make_batch([20, 60], [20, 3], n_head=2)
+    _, slots = batch.split_off_new()
+    tables = batch.block_table, batch.lengths, batch.query_starts
+
+    return {
+        "linear": partial(norm_linear.planned, TILE, random(20, 64), None, random(48, 64), None, None, False),
+        "attention": partial(attention, *qkv, causal=True),
+        "prefill": partial(paged_prefill, batch.qkv, batch.k_pages, batch.v_pages, *tables, slots, batch.out()),
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU nothing is interpreted")
+@pytest.mark.parametrize("product", ["linear", "attention", "prefill"])
+def test_every_product_obeys(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    multiply = interpreter.InterpreterBuilder.create_dot
+    seen = []
+
+    def note(self: object, a: object, b: object, d: object, precision: object, *rest: object) -> object:
+        seen.append(str(precision).rsplit(".", 1)[-1])
+        return multiply(self, a, b, d, precision, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", note)
+    call = products()[product]
+    with prefer("triton"):
+        call()
+        assert seen and set(seen) == {"IEEE"}
+        seen.clear()
+        MATMUL.allow_tf32 = True
+        call()
+    assert seen and set(seen) == {"TF32"}
+
+
+@pytest.mark.gpu
+def test_gpu_errs_as_torch_does_with_it() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    random = partial(torch.randn, device="cuda", generator=generator)
+    x, weight = random(64, 768), random(768, 768)
+    query, key, value = random(3, 2, 12, 200, 64).unbind(0)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def errors(got: Tensor, torchs: Tensor, exact: Tensor) -> tuple[float, float]:
+        return tuple(float((one.double() - exact).abs().max()) for one in (got, torchs))  # type: ignore[return-value]
+
+    for tf32 in (False, True):
+        MATMUL.allow_tf32 = tf32
+        with prefer("triton"):
+            product = norm_linear.planned(TILE, x, None, weight, None, None, False)
+            attended = attention(query, key, value, causal=False)
+        for got, torchs, exact in (
+            (product, x @ weight.T, x.double() @ weight.double().T),
+            (attended, attend(query, key, value), attend(query.double(), key.double(), value.double())),
+        ):
+            ours, theirs = errors(got, torchs, exact)
+            assert ours <= 2 * theirs + (1e-3 if tf32 else 1e-6)
+            assert (ours > 1e-4 * float(exact.abs().max())) == tf32
