@@ -309,6 +309,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="Print JSON for a program.")
     parser.add_argument("--rows", action="store_true", help=f"Write {RESULTS.name} anew.")
     options = parser.parse_args()
+    if options.sample < 1:
+        parser.error(f"--sample is {options.sample}; it must be at least 1, which compiles all")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise SystemExit("TRITON_INTERPRET is set, so Triton interprets and compiles nothing; unset it")
     from bark_fast.kernels.target import KNOWN
