@@ -41,12 +41,12 @@ class Launch:
 def tf32(call: Callable[[], object]) -> None:
     """A call while torch is told that fp32 may be multiplied as TF32."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
     try:
         call()
     finally:
-        matmul.fp32_precision = before
+        matmul.allow_tf32 = before
 
 
 def launches(family: str, device: torch.device) -> Iterator[Launch]:
