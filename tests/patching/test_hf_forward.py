@@ -289,6 +289,27 @@ def test_attentions_come_from_the_original(model):
         call(model)
 
 
+@pytest.mark.parametrize("part", ["semantic", "fine_acoustics"])
+@torch.no_grad()
+def test_head_masks_of_old_versions_come_from_the_original(model, part):
+    if not takes(getattr(model, part), "head_mask"):
+        pytest.skip("this transformers has no head masks")
+    mask = torch.ones(len(model.semantic.layers), model.semantic.config.num_heads)
+    mask[0, 0] = mask[1, 1] = 0.0
+
+    def call(model, **options):
+        if part == "semantic":
+            return model.semantic(IDS, **options).logits
+        return model.fine_acoustics(3, torch.arange(2 * 9 * 8).view(2, 9, 8) % 1000, **options).logits
+
+    with pytest.warns(RuntimeWarning, match="head_mask"):
+        expected, got = both(model, lambda model: call(model, head_mask=mask))
+    assert torch.equal(expected, got) and not torch.allclose(call(model), got, atol=1e-3)
+    bark_fast.patch(model, strict=True)
+    with pytest.raises(NotCovered, match="head_mask"):
+        call(model, head_mask=mask)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "embeddings-frozen"])
 def test_gradients_come_from_the_original(model, frozen):
     """Patched or not, loss.backward() reaches every weight with the same gradient."""
