@@ -436,6 +436,16 @@ def test_wrong_objects_are_named(obj):
             function(obj)
 
 
+def test_another_model_of_transformers_is_named():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1, num_key_value_heads=1))
+    with pytest.raises(TypeError, match=r"LlamaForCausalLM.*BarkModel"):
+        bark_fast.patch(llama)
+    assert type(llama) is LlamaForCausalLM
+
+
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": torch.float64}, {"rng": "numpy"}], ids=str)
 def test_wrong_options_are_named_and_change_nothing(model, options):
     with pytest.raises(InvalidInput, match="choose"):
