@@ -164,7 +164,8 @@ tests matmul $linear -k matmul
 tests linear $linear -k "not barks_shapes and not matmul"
 tests mlp_ops tests/ops/test_mlp.py tests/ops/test_embedding.py
 tests sampling_ops tests/ops/test_sampling.py tests/ops/test_head_sampling.py tests/ops/test_philox.py
-tests attention_ops tests/ops/test_attention.py tests/ops/test_decode_state.py tests/ops/test_target.py
+tests attention_ops tests/ops/test_attention.py tests/ops/test_tf32.py tests/ops/test_decode_state.py \
+    tests/ops/test_target.py
 tests paged_ops tests/ops/test_paged_kv.py tests/ops/test_paged_kv_triton.py tests/ops/test_paged_prefill.py
 # allocations of their own, or an overrun would end in a neighbour's; a driver call that torch lets fail is no fault
 begin memcheck 125 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -65,8 +65,10 @@ print(json.dumps([bool(known), found]))
 """
 
 
-def test_what_is_not_in_the_table_or_has_changed_is_compiled() -> None:
-    listed, found = in_triton("-c", CHANGED)
+def test_what_is_not_in_the_table_or_has_changed_is_compiled(tmp_path: Path) -> None:
+    script = tmp_path / "changed.py"  # with -c the checkout would come first
+    script.write_text(CHANGED)
+    listed, found = in_triton(str(script))
     assert found == {"unchanged": [not listed], "unlisted": [True], "changed": [True]}
 
 
