@@ -48,10 +48,15 @@ def test_linear_layers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("test_page_pool", (150_000, 1, 2_000)), ("test_linear", ()), ("test_paged_kv", ())]
+    ("name", "arguments", "says"),
+    [
+        ("test_page_pool", (150_000, 1, 2_000), "150000 random operations agree"),
+        ("test_linear", (), "linear layers and attention agree"),
+        ("test_paged_kv", (), "the paged cache agrees"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
-def test_clean_under_sanitizers(tmp_path, kind, name, arguments):
+def test_clean_under_sanitizers(tmp_path, kind, name, arguments, says):
     # -O2 takes twice as long to compile, and -g half as long again
     flags = ("-O1", f"-fsanitize={kind}", "-fno-sanitize-recover=all", "-g1")
     probe = tmp_path / "probe.cpp"
@@ -59,4 +64,4 @@ def test_clean_under_sanitizers(tmp_path, kind, name, arguments):
     made = subprocess.run((COMPILER, *flags, probe, "-o", tmp_path / "probe"), capture_output=True)
     if made.returncode or subprocess.run((tmp_path / "probe",), capture_output=True).returncode:
         pytest.skip(f"{COMPILER} has no -fsanitize={kind} here")
-    assert "agree" in check(tmp_path, name, flags, *arguments)
+    assert says in check(tmp_path, name, flags, *arguments)

@@ -2,33 +2,23 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
 #include <vector>
 
 #include "../flash.h"
 #include "../gemm.h"
 #include "../linear.h"
 #include "../parallel.h"
+#include "testing.h"
 
 using namespace bark_fast;
 
 namespace {
-
-std::mt19937_64 rng(0);
 
 std::vector<float> draw(int64_t count) {
     std::normal_distribution<float> normal;
     std::vector<float> values(count);
     for (float& value : values) value = normal(rng);
     return values;
-}
-
-void expect(bool truth, const char* what) {
-    if (truth) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
 }
 
 double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
@@ -129,22 +119,13 @@ void check_flash(int64_t rows, int64_t keys, int64_t head_dim, bool causal, int 
 // As bf16, and what these are.
 std::vector<uint16_t> rounded(std::vector<float>& values) {
     std::vector<uint16_t> bits(values.size());
-    for (size_t i = 0; i < values.size(); ++i) {
-        uint32_t x;
-        std::memcpy(&x, &values[i], sizeof x);
-        bits[i] = static_cast<uint16_t>(x >> 16);
-        x &= 0xffff0000u;
-        std::memcpy(&values[i], &x, sizeof x);
-    }
+    for (size_t i = 0; i < values.size(); ++i) values[i] = of_brain(bits[i] = to_brain(values[i]));
     return bits;
 }
 
 std::vector<float> widened(const std::vector<uint16_t>& bits) {
     std::vector<float> values(bits.size());
-    for (size_t i = 0; i < bits.size(); ++i) {
-        const uint32_t x = static_cast<uint32_t>(bits[i]) << 16;
-        std::memcpy(&values[i], &x, sizeof x);
-    }
+    for (size_t i = 0; i < bits.size(); ++i) values[i] = of_brain(bits[i]);
     return values;
 }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <utility>
@@ -11,6 +10,7 @@
 
 #include "../paged_kv.h"
 #include "../parallel.h"
+#include "testing.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -22,14 +22,6 @@
 using namespace bark_fast;
 
 namespace {
-
-std::mt19937_64 rng(0);
-
-void expect(bool truth, const char* what) {
-    if (truth) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
-}
 
 int32_t between(int32_t low, int32_t high) { return std::uniform_int_distribution<int32_t>(low, high)(rng); }
 
@@ -46,17 +38,8 @@ struct Brain {
     using Stored = uint16_t;
     static constexpr DType dtype = DType::bf16;
     static constexpr double tolerance = 2e-2;
-    static Stored store(float x) {
-        uint32_t bits;
-        std::memcpy(&bits, &x, sizeof bits);
-        return static_cast<uint16_t>(bits >> 16);
-    }
-    static float load(Stored x) {
-        const uint32_t bits = static_cast<uint32_t>(x) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof value);
-        return value;
-    }
+    static Stored store(float x) { return to_brain(x); }
+    static float load(Stored x) { return of_brain(x); }
 };
 
 template <class Number>
