@@ -47,11 +47,12 @@ class MultiplyStage final : public Stage {
 public:
     MultiplyStage(const Linear& call, const GemmKernels& kernels, const float* packed)
         : call_(call), kernels_(kernels), packed_(packed), panels_(kernels.panels(call.rows)),
+          groups_((panels_ + kernels.together - 1) / kernels.together),
           ranges_((call.n + kGemmOutputs - 1) / kGemmOutputs) {}
-    int64_t tickets() const override { return (panels_ + kernels_.together - 1) / kernels_.together * ranges_; }
+    int64_t tickets() const override { return groups_ * ranges_; }
     void run(int64_t ticket, int64_t, Ahead, char*) const override {
-        const int64_t panel = ticket / ranges_ * kernels_.together, first = ticket % ranges_ * kGemmOutputs;
-        kernels_.multiply(call_, packed_, panel, std::min(panel + kernels_.together, panels_), first,
+        const int64_t group = ticket / ranges_, first = ticket % ranges_ * kGemmOutputs;
+        kernels_.multiply(call_, packed_, first_panel(group), first_panel(group + 1), first,
                           std::min(first + kGemmOutputs, call_.n));
     }
 
@@ -59,7 +60,10 @@ private:
     const Linear& call_;
     const GemmKernels& kernels_;
     const float* packed_;
-    int64_t panels_, ranges_;
+    int64_t panels_, groups_, ranges_;
+
+    // Groups of about the same size: a last one of a single panel would read all weights for it.
+    int64_t first_panel(int64_t group) const { return panels_ * group / groups_; }
 };
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace bark_fast {
 
 constexpr int64_t kGemmOutputs = 48;  // of one call of `multiply`, at most; a multiple of all vectors' widths
-constexpr int64_t kGemmRows = 128;    // likewise
+constexpr int64_t kGemmRows = 256;    // likewise
 
 struct GemmKernels {
     // Rows are cut into so many panels, of which so many are multiplied together.

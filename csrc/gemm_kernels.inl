@@ -1,9 +1,9 @@
 // Linear layers of many rows, compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // Arithmetic decides: the sums of six outputs and a panel of rows stay in registers. All of it is fp32: weights of that
-// are read where they lie, others are widened, a piece of six lines once for a group of panels. Rows are put into panels
-// first, normalised on the way, and bias, GELU and residual are applied while the sums are in the cache. A sum's order
-// depends on k alone.
+// are read where they lie, others are widened, a piece of a block of lines once for a group of panels. Rows are put into
+// panels first, normalised on the way, and bias, GELU and residual are applied while the sums are in the cache. A sum's
+// order depends on k alone.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -27,6 +27,10 @@ namespace {
 constexpr int64_t kChunk = 128;
 
 constexpr int64_t kTogether = kGemmRows / (kPanelVectors * W);
+
+// Outputs for which a panel's steps stay in the nearest cache. With more of them, weights whose lines are a power of two
+// apart would push each other out of the next one.
+constexpr int64_t kBlock = 24;
 
 int64_t panels(int64_t rows) { return Panels(rows).count; }
 
@@ -114,20 +118,26 @@ template <class T>
 void multiply(const Linear& call, const float* packed, int64_t first_panel, int64_t last_panel, int64_t first,
               int64_t last) {
     alignas(64) float sums[kGemmRows * kGemmOutputs];  // (panel, output, row of the panel)
-    alignas(64) float room[kTileOutputs * kChunk];
+    alignas(64) float room[kBlock * kChunk];
     const Panels all(call.rows);
     const int64_t start = all.first_row(first_panel), outputs = last - first;
     const auto sums_of = [&](int64_t row) __attribute__((always_inline)) { return sums + (row - start) * outputs; };
-    for (int64_t o = 0; o < outputs; o += kTileOutputs) {
-        const int64_t count = outputs - o < kTileOutputs ? outputs - o : kTileOutputs;
-        const T* weight = static_cast<const T*>(call.weight) + (first + o) * call.weight_stride;
+    // With few rows the weights are waited for, and they come faster a few lines at a time, each from end to end.
+    const int64_t block = last_panel - first_panel >= kTogether / 2 ? kBlock : kTileOutputs;
+    for (int64_t begin = 0; begin < outputs; begin += block) {
+        const int64_t end = begin + block < outputs ? begin + block : outputs;
+        const T* weight = static_cast<const T*>(call.weight) + (first + begin) * call.weight_stride;
         for (int64_t from = 0; from == 0 || from < call.k; from += kChunk) {
             const int64_t steps = call.k - from < kChunk ? call.k - from : kChunk;
-            const Lines<float> lines = widened(weight + from, call.weight_stride, count, steps, room, kChunk);
+            const Lines<float> lines = widened(weight + from, call.weight_stride, end - begin, steps, room, kChunk);
             for (int64_t panel = first_panel; panel < last_panel; ++panel) {
                 const int64_t row = all.first_row(panel), width = all.first_row(panel + 1) - row;
-                tile_for(width / W, count)(packed + row * call.k + from * width, lines.first, lines.stride, steps,
-                                           from == 0, sums_of(row) + o * width);
+                for (int64_t o = begin; o < end; o += kTileOutputs) {
+                    const int64_t count = end - o < kTileOutputs ? end - o : kTileOutputs;
+                    tile_for(width / W, count)(packed + row * call.k + from * width,
+                                               lines.first + (o - begin) * lines.stride, lines.stride, steps,
+                                               from == 0, sums_of(row) + o * width);
+                }
             }
         }
     }
