@@ -27,19 +27,25 @@ struct Lines {
     int64_t stride;
 };
 
-BARK_FAST_INLINE Lines<float> widened(const float* lines, int64_t stride, int64_t, int64_t, float*, int64_t) {
-    return {lines, stride};
-}
-
-// 16-bit lines in `room`, `apart` from one another. The last vector of one may reach into the next, which comes after
+// Lines in fp32 in `room`, `apart` from one another. The last vector of one may reach into the next, which comes after
 // it, and so W floats beyond the last.
 template <class T>
-BARK_FAST_INLINE Lines<float> widened(const T* lines, int64_t stride, int64_t count, int64_t steps, float* room,
-                                      int64_t apart) {
+BARK_FAST_INLINE Lines<float> copied(const T* lines, int64_t stride, int64_t count, int64_t steps, float* room,
+                                     int64_t apart) {
     for (int64_t i = 0; i < count; ++i)
         for (int64_t step = 0; step < steps; step += W)
             store(room + i * apart + step, load_some(lines + i * stride + step, steps - step));
     return {room, apart};
+}
+
+// The same where they are not in fp32.
+template <class T>
+BARK_FAST_INLINE Lines<float> widened(const T* lines, int64_t stride, int64_t count, int64_t steps, float* room,
+                                      int64_t apart) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return {lines, stride};
+    else
+        return copied(lines, stride, count, steps, room, apart);
 }
 
 // sums (O, V) of the panel's rows, W to a vector, times factor(output, step), over all steps in turn.
@@ -47,6 +53,7 @@ template <int O, int V, class Factor, class Add>
 BARK_FAST_INLINE void multiply_tile(const float* panel, int64_t steps, Factor factor, Add add, Vec (&sums)[O * V]) {
 #pragma GCC unroll 32
     for (int i = 0; i < O * V; ++i) sums[i] = Vec{};
+#pragma GCC unroll 4
     for (int64_t step = 0; step < steps; ++step) {
         Vec rows[V];
 #pragma GCC unroll 4
