@@ -1,9 +1,9 @@
 // Flash attention (Dao, 2023), compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // The queries of a panel lie side by side in vectors, so both products are those of panels.inl, with keys and values
-// as the other operand, and the softmax between them goes down its keys without crossing lanes. fp32 keys and values are
-// read where they lie; 16-bit ones are widened first, once for some panels. bf16 where the CPU multiplies it is compiled
-// by itself: two products a lane and step; weights are rounded to it, sums are not.
+// as the other operand, and the softmax between them goes down its keys without crossing lanes. Keys and values are put
+// side by side in fp32 first, once for some panels. bf16 where the CPU multiplies it is compiled by itself: it is read
+// where it lies, two products a lane and step; weights are rounded to it, sums are not.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -107,8 +107,8 @@ BARK_FAST_INLINE void score(const float* query, const Element* key, int64_t stri
 
 // out (dimension, query) = out * shrink + weights (steps of keys, query) times values, from dimension `from` on.
 template <int V, int O = kTileOutputs>
-BARK_FAST_INLINE void add_values(const float* weights, const Element* value, int64_t stride, int64_t steps, int64_t from,
-                                 int64_t head_dim, const Vec* shrink, float* out) {
+BARK_FAST_INLINE void add_values(const float* weights, const Element* value, int64_t stride, int64_t steps,
+                                 int64_t from, int64_t head_dim, const Vec* shrink, float* out) {
     for (; from + O <= head_dim; from += O) {
         const Element* lines = value + from * kPair;
         const auto factor = [&](int o, int64_t step)

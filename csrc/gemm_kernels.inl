@@ -1,9 +1,9 @@
 // Linear layers of many rows, compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // Arithmetic decides: the sums of six outputs and a panel of rows stay in registers. All of it is fp32: weights of that
-// are read where they lie, others are widened, a piece of a block of lines once for a group of panels. Rows are put into
-// panels first, normalised on the way, and bias, GELU and residual are applied while the sums are in the cache. A sum's
-// order depends on k alone.
+// are read where they lie, others are widened, a piece of a block of lines once for a group of panels. Rows are put
+// into panels first, normalised on the way, and bias, GELU and residual are applied while the sums are in the cache. A
+// sum's order depends on k alone.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -28,8 +28,8 @@ constexpr int64_t kChunk = 128;
 
 constexpr int64_t kTogether = kGemmRows / (kPanelVectors * W);
 
-// Outputs for which a panel's steps stay in the nearest cache. With more of them, weights whose lines are a power of two
-// apart would push each other out of the next one.
+// Outputs for which a panel's steps stay in the nearest cache. With more of them, weights whose lines are a power of
+// two apart would push each other out of the next one.
 constexpr int64_t kBlock = 24;
 
 int64_t panels(int64_t rows) { return Panels(rows).count; }
