@@ -60,8 +60,7 @@ constexpr int64_t kWidth = kPanelVectors * W;
 BARK_FAST_INLINE int64_t panel_room(int64_t head_dim) { return (2 * head_dim + kKeys) * kWidth + kKeys * head_dim; }
 
 // Panels of one head for which its keys and values are put side by side together, in fp32: a few hundredths of what
-// multiplying them takes. They are multiplied 1.2 to 1.4 times as fast as from lines that are a whole projection apart,
-// which share few sets of the L1.
+// multiplying them takes. Where they lie their lines are a whole projection apart, and share few sets of the L1.
 constexpr bool kInPlace = sizeof(Element) == 2;
 constexpr int64_t kTogether = kInPlace ? 1 : 8;
 

@@ -26,7 +26,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = pytest.mark.skipif(C is None, reason=f"bark_fast._C is missing: {extension.why_not()}")
 
 
-@pytest.mark.parametrize("rows", [17, 31, 32, 33, 48, 49, 63, 64, 65, 127, 128, 129, 193, 256, 257, 300, 513])
+@pytest.mark.parametrize(
+    "rows", [17, 31, 32, 33, 48, 49, 63, 64, 65, 80, 127, 128, 129, 193, 256, 257, 300, 513]
+)
 def test_numbers_of_rows(isa: str, rows: int) -> None:
     for n, k in SIZES:
         wide = case(
