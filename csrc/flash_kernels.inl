@@ -1,9 +1,9 @@
 // Flash attention (Dao, 2023), compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // The queries of a panel lie side by side in vectors, so both products are those of panels.inl, with keys and values
-// as the other operand, and the softmax between them goes down its keys without crossing lanes. Keys and values are put
-// side by side in fp32 first, once for some panels. bf16 where the CPU multiplies it is compiled by itself: it is read
-// where it lies, two products a lane and step; weights are rounded to it, sums are not.
+// as the other operand, and the softmax between them goes down its keys without crossing lanes. Keys and values that
+// are not read where they lie are put side by side in fp32 first, once for some panels. bf16 where the CPU multiplies it
+// is compiled by itself: two products a lane and step; weights are rounded to it, sums are not.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -59,13 +59,18 @@ constexpr int64_t kWidth = kPanelVectors * W;
 // Floats of one panel's queries, results, scores and values in pairs.
 BARK_FAST_INLINE int64_t panel_room(int64_t head_dim) { return (2 * head_dim + kKeys) * kWidth + kKeys * head_dim; }
 
-// Panels of one head for which its keys and values are put side by side together, in fp32: a few hundredths of what
-// multiplying them takes. Where they lie their lines are a whole projection apart, and share few sets of the L1.
-constexpr bool kInPlace = sizeof(Element) == 2;
-constexpr int64_t kTogether = kInPlace ? 1 : 8;
+// Whether keys and values are read where they lie. Their lines are a whole projection apart and share few sets of the
+// L1: the panels of AVX-512 are wide enough to wait less for that than copies take, narrower ones are not.
+template <class T>
+constexpr bool kInPlace = sizeof(T) == sizeof(Element) && kPanelVectors * W >= 64;
 
+// Panels of one head for which they are put side by side together, in fp32: a few hundredths of what multiplying takes.
+template <class T>
+constexpr int64_t kTogether = kInPlace<T> ? 1 : 8;
+
+template <class T>
 int64_t room(int64_t keys, int64_t head_dim) {
-    return panel_room(head_dim) + (kInPlace ? 0 : 2 * (keys * head_dim + W));
+    return panel_room(head_dim) + (kInPlace<T> ? 0 : 2 * (keys * head_dim + W));
 }
 
 template <class T, class Data>
@@ -78,7 +83,7 @@ template <class T>
 BARK_FAST_INLINE Lines<Element> lines_of(const HeadRows<const void*>& all, int64_t batch, int64_t head, int64_t count,
                                          int64_t head_dim, float* room) {
     const T* const rows = rows_at<const T>(all, batch, head);
-    if constexpr (kInPlace)
+    if constexpr (kInPlace<T>)
         return {rows, all.row_stride};
     else if (all.row_stride == head_dim)
         return widened(rows, head_dim, count, head_dim, room, head_dim);
@@ -259,7 +264,7 @@ void attend(const Flash& call, int64_t batch, int64_t head, int64_t first_panel,
 
 }  // namespace
 
-#define BARK_FAST_FLASH(T) {panels, kTogether, room, attend<T>}
+#define BARK_FAST_FLASH(T) {panels, kTogether<T>, room<T>, attend<T>}
 #if defined(__AVX512BF16__)
 extern const FlashKernels flash_kernels_bf16;
 const FlashKernels flash_kernels_bf16 = BARK_FAST_FLASH(Brain);
