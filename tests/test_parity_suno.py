@@ -15,7 +15,7 @@ ENDLESS = pytest.mark.parametrize("eos_gain", [0.0], indirect=True, ids=["endles
 OFTEN_ENDING = pytest.mark.parametrize("eos_gain", [4.0], indirect=True, ids=["often-ending"])
 
 
-def speak_both(bark, peer, seed, voice=None, text=TEXT, max_seconds=2.0, fine_temperature=0.5, **params):
+def speak_both(bark, peer, seed, voice=None, text=TEXT, max_seconds=1.2, fine_temperature=0.5, **params):
     """The same request to both, under the same seed."""
     torch.manual_seed(seed)
     theirs = peer.speak(text, voice, fine_temperature=fine_temperature, max_seconds=max_seconds, **params)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patched_twins import twin_of
 from peers import HFPeer
 from suno_cases import everything
 
@@ -19,10 +20,14 @@ from bark_fast.patching import core
 
 @pytest.fixture
 def peer(hf_peer: HFPeer) -> HFPeer:
-    """An unpatched transformers BarkModel that the test may do anything to."""
-    twin = copy.copy(hf_peer)
-    twin.model = copy.deepcopy(hf_peer.model)
-    return twin
+    """An unpatched transformers BarkModel of short windows that the test may do anything to."""
+    return twin_of(hf_peer)
+
+
+@pytest.fixture
+def published_windows(peer: HFPeer, hf_peer: HFPeer) -> None:
+    """Windows of `peer` as long as those of the published models."""
+    peer.model.generation_config = copy.deepcopy(hf_peer.model.generation_config)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from bark_fast.patching.hf_rules import request_of
 from bark_fast.work import Decoded
 
 TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
-SHORT = {"semantic_max_new_tokens": 30}
+SHORT = {"semantic_max_new_tokens": 18}
 pytestmark = pytest.mark.usefixtures("hf_peer")
 
 
@@ -129,16 +129,24 @@ def test_bursts_draw_the_same(peer, monkeypatch, options):
     assert torch.equal(after, also)
 
 
-@pytest.mark.usefixtures("no_decline")
+@pytest.mark.usefixtures("no_decline", "published_windows")
 def test_voice(peer, preset):
     """A history long enough that coarse windows slide from the first."""
     speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:2], preset, **SHORT)))
 
 
-@pytest.mark.usefixtures("no_decline")
+@pytest.mark.usefixtures("no_decline", "published_windows")
 def test_windows_that_slide(peer):
     """More than 630 coarse tokens, and a last window shorter than the others."""
     speech_equal(*both(peer.model, lambda _: peer.speak(TEXTS[:1], semantic_max_new_tokens=237)))
+
+
+@pytest.mark.usefixtures("no_decline")
+def test_short_windows_that_slide(peer):
+    """More than 90 coarse tokens of each text, and more than one fine window."""
+    expected, got = both(peer.model, lambda _: peer.speak(TEXTS, semantic_max_new_tokens=100))
+    speech_equal(expected, got)
+    assert expected[0].fine.shape[1] > 128
 
 
 @pytest.mark.usefixtures("no_decline")

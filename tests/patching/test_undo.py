@@ -24,7 +24,7 @@ from bark_fast.errors import InvalidInput
 from bark_fast.patching import core, hf, hf_models
 from bark_fast.patching.swap import is_fast
 
-SHORT = {"semantic_max_new_tokens": 25}
+SHORT = {"semantic_max_new_tokens": 12}
 
 
 def anatomy(model: nn.Module) -> list[Any]:
