@@ -29,9 +29,7 @@ constexpr int64_t kKeys = 48;  // of a block: it, the queries and their results 
 using Element = Brain;  // of what is multiplied
 constexpr int64_t kPair = 2;  // elements of a lane
 
-BARK_FAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
+BARK_FAST_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return fma_pairs(a, b, sum); }
 
 // Lanes of (a, b) rounded.
 BARK_FAST_INLINE Vec paired(Vec a, Vec b) {

@@ -15,9 +15,17 @@ const PerIsa<LinearKernelTable> kTables = {
 #ifdef BARK_FAST_X86
     &isa_avx2::linear_kernels,
     &isa_avx512::linear_kernels,
-    &isa_avx512::linear_kernels,  // its dot products are slower than fma here, see linear_kernels.inl
+    &isa_avx512::linear_kernels,
 #endif
 };
+
+const LinearKernels* kernels_for(DType dtype) {
+#ifdef BARK_FAST_X86
+    // Intel's dot products are slower than fma, see linear_kernels.inl
+    if (dtype == DType::bf16 && chosen_isa() > kAvx512 && !cpu_is_intels()) return &isa_avx512bf16::linear_kernels_bf16;
+#endif
+    return &kTables.chosen()[static_cast<int>(dtype)];
+}
 
 // Bytes of weights of one ticket: large beside the cost of taking one, small beside what a layer has.
 constexpr int64_t kTicketBytes = 48 * 1024;
@@ -27,7 +35,7 @@ constexpr int64_t kLeastBytes = 64 * 1024;
 }  // namespace
 
 LinearStage::LinearStage(const Linear& call)
-    : call_(call), kernels_(&kTables.chosen()[static_cast<int>(call.dtype)]) {
+    : call_(call), kernels_(kernels_for(call.dtype)) {
     const int64_t line = std::max<int64_t>(1, call.k * size_of(call.dtype)), block = kernels_->block(call.rows);
     outputs_ = block * std::max<int64_t>(1, std::min(kMostOutputs, kTicketBytes / line) / block);
 }

@@ -24,6 +24,7 @@ namespace isa_portable { extern const LinearKernelTable linear_kernels; }
 #ifdef BARK_FAST_X86
 namespace isa_avx2 { extern const LinearKernelTable linear_kernels; }
 namespace isa_avx512 { extern const LinearKernelTable linear_kernels; }
+namespace isa_avx512bf16 { extern const LinearKernels linear_kernels_bf16; }
 #endif
 
 }  // namespace bark_fast

@@ -4,7 +4,8 @@
 // piece is multiplied with all rows the next is fetched. A product is summed in fp32 in an order that depends on k alone,
 // not on the number of rows nor on the place of the output: W partial sums over each piece, the pieces in turn, and the
 // W sums by a fixed tree. 16-bit weights are widened: two fp32 fma of 16 products take half the time of one dpbf16ps
-// of 32 on Sapphire Rapids, and the rows need no rounding.
+// of 32 on Sapphire Rapids, and the rows need no rounding. On AMD's CPUs dpbf16ps takes the time of one fma: for them
+// bf16 is compiled by itself, its rows rounded to bf16 and multiplied in pairs.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -23,6 +24,14 @@ namespace {
 
 #include "simd.h"
 #include "rows.inl"
+
+#if defined(__AVX512BF16__)
+using Packed = Brain;  // of the rows
+constexpr bool kInTurns = true;  // see Fetch
+#else
+using Packed = float;
+constexpr bool kInTurns = false;
+#endif
 
 template <int N>
 struct Level {  // of the cache: 3 is the L1 to the compiler, 2 the L2
@@ -52,14 +61,14 @@ BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
 BARK_FAST_INLINE int64_t steps_of(int64_t k) { return (k + kStep - 1) / kStep; }
 
 int64_t packed_bytes(int64_t rows, int64_t k) {
-    return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(float));
+    return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(Packed));
 }
 
 int64_t block(int64_t rows) { return outputs_beside(tile_rows(rows)); }
 
-// Rows [row, row + rows) as (step, row, kStep) in fp32, where `multiply` reads them one after another.
+// Rows [row, row + rows) as (step, row, kStep), where `multiply` reads them one after another.
 template <class T>
-BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, float* packed) {
+BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, Packed* packed) {
     const int64_t k = call.k;
     const T* weight = static_cast<const T*>(call.norm_weight);
     const T* bias = static_cast<const T*>(call.norm_bias);
@@ -85,7 +94,7 @@ BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, f
 
 template <class T>
 void pack(const Linear& call, void* packed) {
-    float* to = static_cast<float*>(packed);
+    Packed* to = static_cast<Packed*>(packed);
     const int64_t tile = tile_rows(call.rows);
     for (int64_t row = 0; row < call.rows; row += tile) {
         const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
@@ -93,10 +102,17 @@ void pack(const Linear& call, void* packed) {
     }
 }
 
-// totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it. The same columns of the lines
-// `ahead` are asked for; null where another tile of rows does that.
+// Lines of which the same columns are asked for while others are multiplied: each `every`th step of them from `turn`
+// on. Where arithmetic is quick, tiles of rows take turns, for only so much can be under way at a time. Elsewhere the
+// first tile asks for all, and the others' are null.
+struct Fetch {
+    const char* const* lines;
+    int every, turn;
+};
+
+// totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it.
 template <int R, int O, class T>
-void dots(const float* x, const T* const* lines, const char* const* ahead, int64_t columns, bool first, Vec* totals) {
+void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, bool first, Vec* totals) {
     constexpr int64_t kBytes = kStep * static_cast<int64_t>(sizeof(T));
     Vec sums[R * O];
     const T* w[O];
@@ -106,34 +122,45 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o) {
         w[o] = lines[o];
-        fetch[o] = ahead ? ahead[o] : nullptr;
+        fetch[o] = ahead.lines ? ahead.lines[o] : nullptr;
     }
     const auto multiply = [&](int64_t j, auto line) __attribute__((always_inline)) {
-        const auto half = [&](auto which) __attribute__((always_inline)) {
+        const auto part = [&](auto weights_at, auto columns_at, auto add) __attribute__((always_inline)) {
             Vec weights[O];
 #pragma GCC unroll 4
             for (int o = 0; o < O; ++o) {
-                weights[o] = half_step(line(o), which);
+                weights[o] = weights_at(line(o));
                 if (R > 1) weights[o] = in_register(weights[o]);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const Vec columns = in_register(load(x + j * R + r * kStep + which.value * W));
+                const Vec columns = in_register(columns_at(x + j * R + r * kStep));
 #pragma GCC unroll 4
-                for (int o = 0; o < O; ++o) sums[r * O + o] = fma(weights[o], columns, sums[r * O + o]);
+                for (int o = 0; o < O; ++o) sums[r * O + o] = add(weights[o], columns, sums[r * O + o]);
             }
+        };
+#if defined(__AVX512BF16__)
+        const auto pairs = [](const Brain* p) __attribute__((always_inline)) { return (Vec)load_bits(p); };
+        part(pairs, pairs, fma_pairs);
+#else
+        const auto half = [&](auto which) __attribute__((always_inline)) {
+            part([&](const T* p) __attribute__((always_inline)) { return half_step(p, which); },
+                 [&](const float* p) __attribute__((always_inline)) { return load(p + which.value * W); }, fma);
         };
         half(Part<0>());
         half(Part<1>());
+#endif
     };
     const auto step = [&](int64_t j) __attribute__((always_inline)) {
         multiply(j, [&](int o) __attribute__((always_inline)) { return w[o] + j; });
     };
     const int64_t whole = columns / kStep * kStep;
-    const auto fetching = [&](auto level) __attribute__((always_inline)) {
+    const auto fetching = [&](auto level, auto in_turns) __attribute__((always_inline)) {
+        int until = ahead.turn;
         for (int64_t j = 0; j < whole; j += kStep) {
             const int64_t at = j * static_cast<int64_t>(sizeof(T));
-            if (kBytes >= 64 || at % 64 == 0) {
+            if ((kBytes >= 64 || at % 64 == 0) && (!in_turns.value || until-- == 0)) {
+                until = ahead.every - 1;
 #pragma GCC unroll 4
                 for (int o = 0; o < O; ++o)
 #pragma GCC unroll 4
@@ -143,10 +170,12 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
             step(j);
         }
     };
-    if (ahead && fetch_near) {
-        fetching(Level<3>());
-    } else if (ahead) {
-        fetching(Level<2>());
+    if (kInTurns && ahead.every > 1) {
+        fetching(Level<3>(), Part<kInTurns>());
+    } else if (ahead.lines && fetch_near) {
+        fetching(Level<3>(), Part<0>());
+    } else if (ahead.lines) {
+        fetching(Level<2>(), Part<0>());
     } else {
         for (int64_t j = 0; j < whole; j += kStep) step(j);
     }
@@ -160,7 +189,7 @@ void dots(const float* x, const T* const* lines, const char* const* ahead, int64
 }
 
 template <class T>
-using Dots = void (*)(const float*, const T* const*, const char* const*, int64_t, bool, Vec*);
+using Dots = void (*)(const Packed*, const T* const*, Fetch, int64_t, bool, Vec*);
 
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
@@ -188,7 +217,7 @@ BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int
 }
 
 template <int O, class T>
-BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t first, int64_t last, Ahead next) {
+BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t first, int64_t last, Ahead next) {
     const T* weight = static_cast<const T*>(call.weight);
     const int64_t tile = tile_rows(call.rows), row_elements = steps_of(call.k) * kStep;
     const int64_t blocks = (last - first + O - 1) / O;
@@ -223,9 +252,11 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t fi
                                                            : next.first + o * next.stride;
         const int64_t b = place / pieces, p = place % pieces, from = p * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
-        for (int64_t row = 0; row < call.rows; row += tile) {
+        Fetch fetch{ahead, kInTurns ? static_cast<int>((call.rows + tile - 1) / tile) : 1, 0};
+        for (int64_t row = 0; row < call.rows; row += tile, ++fetch.turn) {
+            if (row && !kInTurns) fetch.lines = nullptr;
             const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
-            dots_for<O, T>(rows)(x + row * row_elements + from * rows, lines, row ? nullptr : ahead, columns, p == 0,
+            dots_for<O, T>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, p == 0,
                                  totals + (b * call.rows + row) * O);
         }
         for (int o = 0; o < O; ++o) lines[o] = following[o];
@@ -249,7 +280,7 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const float* x, int64_t fi
 
 template <class T>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
-    const float* packed = static_cast<const float*>(packed_);
+    const Packed* packed = static_cast<const Packed*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
     if (block(call.rows) == kFew)
         multiply_by<kFew, T>(call, packed, first, last, next);
@@ -260,8 +291,13 @@ void multiply(const Linear& call, const void* packed_, int64_t first, int64_t la
 }  // namespace
 
 #define BARK_FAST_LINEAR(T) {packed_bytes, pack<T>, multiply<T>, block}
+#if defined(__AVX512BF16__)
+extern const LinearKernels linear_kernels_bf16;
+const LinearKernels linear_kernels_bf16 = BARK_FAST_LINEAR(Brain);
+#else
 extern const LinearKernelTable linear_kernels;
 const LinearKernelTable linear_kernels = {BARK_FAST_LINEAR(float), BARK_FAST_LINEAR(Half), BARK_FAST_LINEAR(Brain)};
+#endif
 
 }  // namespace BARK_FAST_ISA
 }  // namespace bark_fast

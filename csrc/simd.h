@@ -53,6 +53,13 @@ BARK_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// c and the products of the two bf16 of each lane; subnormal numbers count as zeros.
+BARK_FAST_INLINE Vec fma_pairs(Vec a, Vec b, Vec c) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
 // 2^x for x <= 0 (anything below -126 becomes 0, NaN stays NaN), relative error below 1e-7.
 // 2^x = 2^n 2^r with n the nearest integer; 2^r by the minimax polynomial of degree 6 on [-1/2, 1/2], 3e-9 off.
 BARK_FAST_INLINE Vec exp2_nonpositive(Vec x) {
