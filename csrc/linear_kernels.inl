@@ -52,6 +52,14 @@ constexpr int kMostTileRows = 4;
 constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
+// One or two rows wait for memory. AMD's CPUs follow a line from end to end by themselves, and faster than when told
+// what comes next: outputs are computed one by one there, as far as arithmetic keeps up with that, and nothing is asked
+// for, as long as weights need no widening or there is one row.
+constexpr int64_t kMostOneByOne = W < 8 ? 0 : sizeof(Packed) == 2 ? 2 : 1;
+template <class T>
+constexpr int64_t kMostUntold = W < 8 ? 0 : sizeof(T) == sizeof(Packed) ? 2 : 1;
+BARK_FAST_INLINE bool one_by_one(int64_t rows) { return fetch_near && rows <= kMostOneByOne; }
+
 // Rows are cut into tiles of about the same size.
 BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
     const int64_t tiles = (rows + kMostTileRows - 1) / kMostTileRows;
@@ -64,7 +72,7 @@ int64_t packed_bytes(int64_t rows, int64_t k) {
     return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(Packed));
 }
 
-int64_t block(int64_t rows) { return outputs_beside(tile_rows(rows)); }
+int64_t block(int64_t rows) { return one_by_one(rows) ? 1 : outputs_beside(tile_rows(rows)); }
 
 // Rows [row, row + rows) as (step, row, kStep), where `multiply` reads them one after another.
 template <class T>
@@ -194,7 +202,7 @@ using Dots = void (*)(const Packed*, const T* const*, Fetch, int64_t, bool, Vec*
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
     // a tile has about as many rows as the others of its call
-    if constexpr (outputs_beside(R) == O || outputs_beside(R + 3) == O)
+    if constexpr (O == 1 ? R <= kMostOneByOne : outputs_beside(R) == O || outputs_beside(R + 3) == O)
         if (rows == R) return dots<R, O, T>;
     if constexpr (R > 1) return dots_for<O, T, R - 1>(rows);
     return nullptr;
@@ -252,7 +260,8 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
                                                            : next.first + o * next.stride;
         const int64_t b = place / pieces, p = place % pieces, from = p * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
-        Fetch fetch{ahead, kInTurns ? static_cast<int>((call.rows + tile - 1) / tile) : 1, 0};
+        Fetch fetch{fetch_near && call.rows <= kMostUntold<T> ? nullptr : ahead, 1, 0};
+        if (kInTurns) fetch.every = static_cast<int>((call.rows + tile - 1) / tile);
         for (int64_t row = 0; row < call.rows; row += tile, ++fetch.turn) {
             if (row && !kInTurns) fetch.lines = nullptr;
             const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
@@ -282,7 +291,9 @@ template <class T>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
     const Packed* packed = static_cast<const Packed*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
-    if (block(call.rows) == kFew)
+    if (one_by_one(call.rows))
+        multiply_by<1, T>(call, packed, first, last, next);
+    else if (block(call.rows) == kFew)
         multiply_by<kFew, T>(call, packed, first, last, next);
     else
         multiply_by<kMany, T>(call, packed, first, last, next);
