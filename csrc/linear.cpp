@@ -27,8 +27,9 @@ const LinearKernels* kernels_for(DType dtype) {
     return &kTables.chosen()[static_cast<int>(dtype)];
 }
 
-// Bytes of weights of one ticket: large beside the cost of taking one, small beside what a layer has.
-constexpr int64_t kTicketBytes = 48 * 1024;
+// Bytes of weights of one ticket: large beside the cost of taking one and of finding another place in memory, small
+// beside what a layer has.
+constexpr int64_t kLeastTicket = 48 * 1024, kMostTicket = 96 * 1024, kTickets = 16;
 // Bytes of weights under which waking a thread costs more than it saves.
 constexpr int64_t kLeastBytes = 64 * 1024;
 
@@ -37,7 +38,8 @@ constexpr int64_t kLeastBytes = 64 * 1024;
 LinearStage::LinearStage(const Linear& call)
     : call_(call), kernels_(kernels_for(call.dtype)) {
     const int64_t line = std::max<int64_t>(1, call.k * size_of(call.dtype)), block = kernels_->block(call.rows);
-    outputs_ = block * std::max<int64_t>(1, std::min(kMostOutputs, kTicketBytes / line) / block);
+    const int64_t ticket = std::clamp(weight_bytes() / kTickets, kLeastTicket, kMostTicket);
+    outputs_ = block * std::max<int64_t>(1, std::min(kMostOutputs, ticket / line) / block);
 }
 
 int64_t LinearStage::tickets() const { return call_.rows ? (call_.n + outputs_ - 1) / outputs_ : 0; }
