@@ -79,9 +79,9 @@ struct Query {
 #ifdef __AVX512BF16__
 template <int D>
 struct Query<D, Brain> {
-    __m512bh v[D / 32];
+    Vec v[D / 32];
     void read(const Brain* q) {
-        for (int j = 0; j < D / 32; ++j) v[j] = (__m512bh)_mm512_loadu_si512(q + 32 * j);
+        for (int j = 0; j < D / 32; ++j) v[j] = (Vec)load_bits(q + 32 * j);
     }
     BARK_FAST_INLINE Vec dots(const Query& q, const Brain* k) {
         Vec sums[W];
@@ -91,8 +91,7 @@ struct Query<D, Brain> {
         for (int j = 0; j < D / 32; ++j) {
 #pragma GCC unroll 16
             for (int t = 0; t < W; ++t)
-                sums[t] = (Vec)_mm512_dpbf16_ps((__m512)sums[t], (__m512bh)_mm512_loadu_si512(k + t * D + 32 * j),
-                                                q.v[j]);
+                sums[t] = fma_pairs((Vec)load_bits(k + t * D + 32 * j), q.v[j], sums[t]);
         }
         return sum_each(sums);
     }

@@ -470,8 +470,9 @@ def test_wrong_options_are_named_and_change_nothing(model, options):
     ids=str,
 )
 def test_other_ways_to_search_are_left_to_the_original_and_told(peer, options, reason):
-    # Fine codes greedily, too: of those drawn here one is a tie. Where its own fine weights are changed by half
-    # their last bit, transformers draws others in 3 of 10 trials; of five other cases tried, in none.
+    # Fine codes greedily, too: of those drawn here in published windows one is a tie. Where its own fine
+    # weights are changed by half their last bit, transformers draws others in 3 of 10 trials; of five other
+    # cases tried, in none.
     greedy = {"semantic_do_sample": False, "coarse_do_sample": False, "fine_temperature": None}
     options = {"semantic_max_new_tokens": 6} | greedy | options
     with pytest.warns(RuntimeWarning, match=f"leaves {reason} to the original"):
