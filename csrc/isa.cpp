@@ -11,13 +11,28 @@
 namespace bark_fast {
 
 #ifdef BARK_FAST_X86
-bool cpu_is_intels() {
+namespace {
+
+bool is_intels() {
     __builtin_cpu_init();  // may be asked before constructors have run
     return __builtin_cpu_is("intel");
 }
-const bool fetch_near = !cpu_is_intels();
+
+bool is_zen5_or_later() {
+    constexpr unsigned kZen5 = 0x1a;
+    unsigned a, b, c, d;
+    __builtin_cpu_init();
+    if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+    return family >= kZen5;
+}
+
+}  // namespace
+
+const bool intels_cpu = is_intels();
+const bool fetch_near = is_zen5_or_later();
 #else
-bool cpu_is_intels() { return false; }
+const bool intels_cpu = false;
 const bool fetch_near = false;
 #endif
 

@@ -3,10 +3,11 @@
 
 namespace bark_fast {
 
-bool cpu_is_intels();
+// Whether the CPU is one of Intel's.
+extern const bool intels_cpu;
 
-// Whether what memory streams is best asked for into the L1: on CPUs that are not Intel's. There it can be as little as
-// the line buffers hold, and the L2 is the better place.
+// Whether 16-bit numbers that memory streams are best asked for into the L1: on AMD's CPUs from Zen 5 on. Elsewhere the
+// line buffers, through which they would go, are too few for what is under way, and the L2 is the better place.
 extern const bool fetch_near;
 
 namespace cpu {

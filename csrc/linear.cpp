@@ -22,7 +22,7 @@ const PerIsa<LinearKernelTable> kTables = {
 const LinearKernels* kernels_for(DType dtype) {
 #ifdef BARK_FAST_X86
     // Intel's dot products are slower than fma, see linear_kernels.inl
-    if (dtype == DType::bf16 && chosen_isa() > kAvx512 && !cpu_is_intels()) return &isa_avx512bf16::linear_kernels_bf16;
+    if (dtype == DType::bf16 && chosen_isa() > kAvx512 && !intels_cpu) return &isa_avx512bf16::linear_kernels_bf16;
 #endif
     return &kTables.chosen()[static_cast<int>(dtype)];
 }

@@ -27,10 +27,8 @@ namespace {
 
 #if defined(__AVX512BF16__)
 using Packed = Brain;  // of the rows
-constexpr bool kInTurns = true;  // see Fetch
 #else
 using Packed = float;
-constexpr bool kInTurns = false;
 #endif
 
 template <int N>
@@ -52,13 +50,14 @@ constexpr int kMostTileRows = 4;
 constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
-// One or two rows wait for memory. AMD's CPUs follow a line from end to end by themselves, and faster than when told
-// what comes next: outputs are computed one by one there, as far as arithmetic keeps up with that, and nothing is asked
-// for, as long as weights need no widening or there is one row.
-constexpr int64_t kMostOneByOne = W < 8 ? 0 : sizeof(Packed) == 2 ? 2 : 1;
+// 16-bit rows so few that memory is all they wait for: AMD's CPUs with AVX-512 follow a line from end to end faster than
+// when told what comes next. There the outputs are computed one by one, and nothing is asked for.
 template <class T>
-constexpr int64_t kMostUntold = W < 8 ? 0 : sizeof(T) == sizeof(Packed) ? 2 : 1;
-BARK_FAST_INLINE bool one_by_one(int64_t rows) { return fetch_near && rows <= kMostOneByOne; }
+constexpr int64_t kMostOneByOne = W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed) == 2 ? 2 : 1;
+template <class T>
+BARK_FAST_INLINE bool one_by_one(int64_t rows) {
+    return rows <= kMostOneByOne<T> && !intels_cpu;
+}
 
 // Rows are cut into tiles of about the same size.
 BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
@@ -72,7 +71,10 @@ int64_t packed_bytes(int64_t rows, int64_t k) {
     return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(Packed));
 }
 
-int64_t block(int64_t rows) { return one_by_one(rows) ? 1 : outputs_beside(tile_rows(rows)); }
+template <class T>
+int64_t block(int64_t rows) {
+    return one_by_one<T>(rows) ? 1 : outputs_beside(tile_rows(rows));
+}
 
 // Rows [row, row + rows) as (step, row, kStep), where `multiply` reads them one after another.
 template <class T>
@@ -111,8 +113,9 @@ void pack(const Linear& call, void* packed) {
 }
 
 // Lines of which the same columns are asked for while others are multiplied: each `every`th step of them from `turn`
-// on. Where arithmetic is quick, tiles of rows take turns, for only so much can be under way at a time. Elsewhere the
+// on. With AVX-512 on AMD's CPUs tiles of rows take turns, for only so much can be under way at a time. Elsewhere the
 // first tile asks for all, and the others' are null.
+constexpr bool kMayTurn = W == 16;
 struct Fetch {
     const char* const* lines;
     int every, turn;
@@ -178,12 +181,16 @@ void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, 
             step(j);
         }
     };
-    if (kInTurns && ahead.every > 1) {
-        fetching(Level<3>(), Part<kInTurns>());
-    } else if (ahead.lines && fetch_near) {
-        fetching(Level<3>(), Part<0>());
+    const auto at_level = [&](auto level) __attribute__((always_inline)) {
+        if (kMayTurn && ahead.every > 1)
+            fetching(level, Part<kMayTurn>());
+        else
+            fetching(level, Part<0>());
+    };
+    if (ahead.lines && sizeof(T) == 2 && fetch_near) {
+        at_level(Level<3>());
     } else if (ahead.lines) {
-        fetching(Level<2>(), Part<0>());
+        at_level(Level<2>());
     } else {
         for (int64_t j = 0; j < whole; j += kStep) step(j);
     }
@@ -202,7 +209,7 @@ using Dots = void (*)(const Packed*, const T* const*, Fetch, int64_t, bool, Vec*
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
     // a tile has about as many rows as the others of its call
-    if constexpr (O == 1 ? R <= kMostOneByOne : outputs_beside(R) == O || outputs_beside(R + 3) == O)
+    if constexpr (O == 1 ? R <= kMostOneByOne<T> : outputs_beside(R) == O || outputs_beside(R + 3) == O)
         if (rows == R) return dots<R, O, T>;
     if constexpr (R > 1) return dots_for<O, T, R - 1>(rows);
     return nullptr;
@@ -235,7 +242,7 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
     if (!pieces)
         for (Vec& total : totals) total = Vec{};
     // several tiles of rows do not fit in the L1 for all columns: one piece of them is taken through all blocks
-    const bool by_piece = call.rows > tile;
+    const bool by_piece = call.rows > tile, in_turns = kMayTurn && !intels_cpu;
     const auto lines_of = [&](int64_t at, const T** lines) __attribute__((always_inline)) {
         const int64_t b = by_piece ? at % blocks : at / pieces, p = by_piece ? at / blocks : at % pieces;
         for (int o = 0; o < O; ++o) {
@@ -260,10 +267,10 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
                                                            : next.first + o * next.stride;
         const int64_t b = place / pieces, p = place % pieces, from = p * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
-        Fetch fetch{fetch_near && call.rows <= kMostUntold<T> ? nullptr : ahead, 1, 0};
-        if (kInTurns) fetch.every = static_cast<int>((call.rows + tile - 1) / tile);
+        Fetch fetch{one_by_one<T>(call.rows) ? nullptr : ahead, 1, 0};
+        if (in_turns) fetch.every = static_cast<int>((call.rows + tile - 1) / tile);
         for (int64_t row = 0; row < call.rows; row += tile, ++fetch.turn) {
-            if (row && !kInTurns) fetch.lines = nullptr;
+            if (row && !in_turns) fetch.lines = nullptr;
             const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
             dots_for<O, T>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, p == 0,
                                  totals + (b * call.rows + row) * O);
@@ -291,9 +298,9 @@ template <class T>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
     const Packed* packed = static_cast<const Packed*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
-    if (one_by_one(call.rows))
+    if (one_by_one<T>(call.rows))
         multiply_by<1, T>(call, packed, first, last, next);
-    else if (block(call.rows) == kFew)
+    else if (outputs_beside(tile_rows(call.rows)) == kFew)
         multiply_by<kFew, T>(call, packed, first, last, next);
     else
         multiply_by<kMany, T>(call, packed, first, last, next);
@@ -301,7 +308,7 @@ void multiply(const Linear& call, const void* packed_, int64_t first, int64_t la
 
 }  // namespace
 
-#define BARK_FAST_LINEAR(T) {packed_bytes, pack<T>, multiply<T>, block}
+#define BARK_FAST_LINEAR(T) {packed_bytes, pack<T>, multiply<T>, block<T>}
 #if defined(__AVX512BF16__)
 extern const LinearKernels linear_kernels_bf16;
 const LinearKernels linear_kernels_bf16 = BARK_FAST_LINEAR(Brain);

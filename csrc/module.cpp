@@ -83,7 +83,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas, "Instruction sets that this build has and this machine runs, best first.");
     m.def("isa", &bark_fast::cpu::current_isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Choose another instruction set, for tests.");
-    m.def("cpu_is_intels", &bark_fast::cpu_is_intels, "Whether MKL, with which torch multiplies, is at its best here.");
+    m.def("cpu_is_intels", [] { return bark_fast::intels_cpu; },
+          "Whether MKL, with which torch multiplies, is at its best here.");
     m.def("parallel_backend", &bark_fast::parallel_backend, "What CPU loops run on: 'openmp' or 'threads'.");
     m.def("avoid_openmp", &bark_fast::avoid_openmp, py::arg("avoid"),
           "Run loops on this library's own threads, for tests.");
