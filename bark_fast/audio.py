@@ -108,9 +108,9 @@ def check_writable(path: str | Path) -> None:
         _fail(Path(path), error)
 
 
-def check_audio_path(path: str | Path, subtype: str | None = None) -> None:
-    """`check_writable`, and that `path` has a suffix and `subtype` that this machine can encode."""
-    _encoding(Path(path), subtype)
+def check_audio_path(path: str | Path) -> None:
+    """`check_writable`, and that `path` has a suffix that this machine can encode."""
+    _encoding(Path(path), None)
     check_writable(path)
 
 

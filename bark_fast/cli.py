@@ -23,11 +23,11 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one line on stderr and a non-zero exit for every error."""
+    """Entry point: one line on stderr for every error but those of usage, and a non-zero exit."""
     try:
         status = cli.main(args=arguments, prog_name="bark-fast", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("\nbark-fast: interrupted; nothing was written", err=True)
+        click.echo("\nbark-fast: interrupted; no file was left half written", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()

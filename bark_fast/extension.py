@@ -19,6 +19,7 @@ NAMES = (
     "build_info",
     "copy_pages",
     "cpu_is_intels",
+    "cpu_kind",
     "cuda_fault",
     "decode_layers",
     "flash",
@@ -32,6 +33,7 @@ NAMES = (
     "parallel_backend",
     "philox_uniform",
     "swap_pages",
+    "use_cpu_kind",
     "use_isa",
 )
 """What `_C` must have. One that an editable install has kept from older sources may lack some."""

@@ -159,7 +159,7 @@ class Bark:
         long_form: bool = False,
         progress: bool | ProgressCallback = False,
     ) -> Audio | list[Audio]:
-        """Speak one text, or any number of them: `max_batch` are under way at a time, the first ones first.
+        """Speak one text, or any number of them: `max_batch` a replica are under way at a time, in order.
 
         n: speak one text n times over, for a choice of readings: a list of n, the i-th as with seed + i. The
             samples share the pages of their prompt until they part.
@@ -247,7 +247,7 @@ class Bark:
 
         requests: strings, or mappings with "text" and options of its own, which go before those of the call:
             `{"text": "One.", "voice": "v2/en_speaker_6", "seed": 3}`. Any iterable, endless ones too; it is
-            asked for the next whenever a place is free, `max_batch` are in memory. index counts them from 0.
+            asked for the next whenever a place is free: `max_batch` a replica. index counts them from 0.
             While it makes one wait, the others wait as well: see `agenerate` for requests that come by and by.
         errors: "raise" raises the first error met and gives up the others; "yield" yields (index, error) in
             place of an audio, and the others go on.
@@ -301,8 +301,8 @@ class Bark:
         options: as of `generate`, for one text: voice, seed, rng, semantic, coarse, fine, max_seconds,
             long_form. rng="torch" needs a seed.
 
-        One thread does the work, as long as there is some. Cancelling the task that awaits gives up the text
-        and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
+        One thread a replica does the work, as long as there is some. Cancelling the task that awaits gives
+        up the text and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
         """
         check_names(options)
         if progress is not None and not callable(progress):

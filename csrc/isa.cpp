@@ -10,9 +10,9 @@
 
 namespace bark_fast {
 
-#ifdef BARK_FAST_X86
 namespace {
 
+#ifdef BARK_FAST_X86
 bool is_intels() {
     __builtin_cpu_init();  // may be asked before constructors have run
     return __builtin_cpu_is("intel");
@@ -26,15 +26,25 @@ bool is_zen5_or_later() {
     const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
     return family >= kZen5;
 }
+#else
+bool is_intels() { return false; }
+bool is_zen5_or_later() { return false; }
+#endif
 
 }  // namespace
 
-const bool intels_cpu = is_intels();
-const bool fetch_near = is_zen5_or_later();
-#else
-const bool intels_cpu = false;
-const bool fetch_near = false;
-#endif
+bool intels_cpu = is_intels();
+bool fetch_near = is_zen5_or_later();
+
+const char* cpu_kind() { return intels_cpu ? "intel" : fetch_near ? "zen5" : "others"; }
+
+bool use_cpu_kind(const char* name) {
+    const bool intel = std::strcmp(name, "intel") == 0, zen5 = std::strcmp(name, "zen5") == 0;
+    if (!intel && !zen5 && std::strcmp(name, "others") != 0) return false;
+    intels_cpu = intel;
+    fetch_near = zen5;
+    return true;
+}
 
 namespace cpu {
 namespace {

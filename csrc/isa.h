@@ -3,12 +3,16 @@
 
 namespace bark_fast {
 
-// Whether the CPU is one of Intel's.
-extern const bool intels_cpu;
+// Kinds of CPUs, told apart by how they like memory to be streamed, by measurement.
+extern bool intels_cpu;
+// Whether 16-bit numbers are best asked for into the L1: AMD's from Zen 5 on. Elsewhere the line buffers, through which
+// they would go, are too few for what is under way, and the L2 is the better place.
+extern bool fetch_near;
 
-// Whether 16-bit numbers that memory streams are best asked for into the L1: on AMD's CPUs from Zen 5 on. Elsewhere the
-// line buffers, through which they would go, are too few for what is under way, and the L2 is the better place.
-extern const bool fetch_near;
+// "intel", "zen5" or "others".
+const char* cpu_kind();
+// For tests; false when there is no such kind. Not for use while another thread computes.
+bool use_cpu_kind(const char* name);
 
 namespace cpu {
 

@@ -57,6 +57,11 @@ void use_isa(const std::string& name) {
         throw std::invalid_argument("instruction set '" + name + "' is not available here");
 }
 
+void use_cpu_kind(const std::string& name) {
+    if (!bark_fast::use_cpu_kind(name.c_str()))
+        throw std::invalid_argument("CPU kind '" + name + "' is none of intel, zen5, others");
+}
+
 void philox_uniform(uint64_t seed, uint32_t stream, uint32_t chunk, uint32_t first_step, py::handle out_) {
     using namespace bark_fast;
     const TensorView out = tensor_view(out_, "out");
@@ -83,6 +88,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas", &isas, "Instruction sets that this build has and this machine runs, best first.");
     m.def("isa", &bark_fast::cpu::current_isa, "The instruction set in use.");
     m.def("use_isa", &use_isa, py::arg("name"), "Choose another instruction set, for tests.");
+    m.def("cpu_kind", &bark_fast::cpu_kind, "The kind of CPU whose way of reading memory is followed.");
+    m.def("use_cpu_kind", &use_cpu_kind, py::arg("name"), "Follow another: 'intel', 'zen5' or 'others', for tests.");
     m.def("cpu_is_intels", [] { return bark_fast::intels_cpu; },
           "Whether MKL, with which torch multiplies, is at its best here.");
     m.def("parallel_backend", &bark_fast::parallel_backend, "What CPU loops run on: 'openmp' or 'threads'.");

@@ -256,7 +256,7 @@ class TestErrors:
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
         rest = process.stderr.read() or b""
-        assert b"interrupted; nothing was written" in rest
+        assert b"interrupted; no file was left half written" in rest
         assert b"Traceback" not in rest
         assert not list(run.folder.iterdir())
 

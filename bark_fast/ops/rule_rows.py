@@ -13,8 +13,6 @@ from bark_fast.errors import InvalidInput
 from bark_fast.rule_layout import NO_MIN_EOS_P, NO_TOP_P, RuleFloat, RuleInt
 from bark_fast.sampling import DIALECTS, SamplingRule
 
-PLACE_COLUMNS = 4
-
 
 @dataclass(frozen=True)
 class RuleRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,18 @@ def test_a_row_is_the_same_to_the_bit_whoever_runs_beside_it(
         replace(c, weight=c.weight[5:], bias=None if c.bias is None else c.bias[5:], residual=c.residual[:, 5:])
     )
     assert torch.equal(moved, whole[:, 5:])  # nor does it matter which outputs are asked for
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_how_memory_is_read_changes_no_bit(isa: str, dtype: torch.dtype, cpu_kinds: Iterator[str]) -> None:
+    cases = [case(rows, n, k, dtype, norm=True) for rows in range(1, 17) for n, k in SIZES]
+    results = {kind: [run(c) for c in cases] for kind in cpu_kinds}
+    others = results.pop("others")
+    if isa == "avx512bf16" and dtype == torch.bfloat16:  # Intel's multiply no pairs: other roundings
+        for c, got in zip(cases, results.pop("intel"), strict=True):
+            assert error(got, c.expected()) <= c.bound()
+    for got in results.values():
+        assert all(torch.equal(one, other) for one, other in zip(got, others, strict=True))
 
 
 def test_rows_of_torch_do_depend_on_their_number() -> None:
@@ -182,6 +195,7 @@ def test_mlp_is_its_two_layers_to_the_bit(isa: str, dtype: torch.dtype, threads:
 def test_operations_take_the_extension_for_few_rows_only(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert C.linear_rows == norm_linear.COMPILED_ROWS
     monkeypatch.setattr(norm_linear, "multiplies_faster", lambda module, dtype: False)
     for rows in (1, norm_linear.COMPILED_ROWS, norm_linear.COMPILED_ROWS + 1):
         c = case(rows, 40, 24, dtype, gelu=False)

@@ -131,6 +131,14 @@ def test_a_long_context_is_split_over_many_threads() -> None:
 
 
 @needs_compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_how_memory_is_read_changes_no_bit(dtype: torch.dtype, cpu_kinds: Iterator[str]) -> None:
+    batch = make_batch(EDGES, n_head=2, dtype=dtype)
+    results = [paged_kv.paged_attention(*batch.arguments(), batch.out()) for _ in cpu_kinds]
+    assert len(results) == 3 and all(torch.equal(results[0], other) for other in results[1:])
+
+
+@needs_compiled
 def test_own_threads_compute_what_openmp_does() -> None:
     batch = make_batch([700, 64, 257], n_head=12)
     expected = paged_kv.paged_attention(*batch.arguments(), batch.out())
@@ -450,6 +458,8 @@ def test_what_is_not_a_tensor_is_refused() -> None:
         C.copy_pages(pages, pages, [[0, 1]], 1, 0)
     with pytest.raises(ValueError, match="instruction set 'mmx' is not available"):
         C.use_isa("mmx")
+    with pytest.raises(ValueError, match="CPU kind 'z80' is none of intel, zen5, others"):
+        C.use_cpu_kind("z80")
 
 
 @needs_compiled
