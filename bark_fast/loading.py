@@ -15,7 +15,7 @@ from bark_fast.checkpoint import Checkpoint, load_checkpoint
 from bark_fast.config import ModelName
 from bark_fast.device import pick_device
 from bark_fast.engine.graph_runner import GraphRunner
-from bark_fast.engine.memory import context_bytes, storage_bytes
+from bark_fast.engine.memory import context_bytes, is_of_memory, storage_bytes
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
@@ -90,7 +90,7 @@ def make_runner(
     try:
         runner = kind(semantic, coarse, fine, codec, max_batch, room, device if offload else None)
     except RuntimeError as error:  # torch's, of a CPU or a GPU
-        if "alloc" not in str(error) and "memory" not in str(error):
+        if not is_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
         raise InvalidInput(

@@ -124,6 +124,9 @@ python3 -c '
 from importlib.util import find_spec
 wanted = "torch triton numpy safetensors tokenizers click setuptools pybind11 ninja pytest transformers".split()
 print("missing packages:", " ".join(name for name in wanted if find_spec(name) is None) or "none")
+from importlib.metadata import version
+if find_spec("setuptools") and int(version("setuptools").split(".")[0]) < 77:
+    print("setuptools", version("setuptools"), "is too old to build with: 77 is wanted")
 ' > "$out/missing.log" 2>&1
 for tool in nvcc compute-sanitizer; do
     command -v $tool > /dev/null || echo "missing from PATH: $tool" >> "$out/missing.log"
@@ -156,7 +159,7 @@ tests engine tests/test_gpu.py
 tests decode_loop tests/test_decode_loop.py tests/test_transfers.py
 tests load tests/test_scheduler.py
 tests memory tests/test_memory.py tests/test_checkpoint.py tests/test_replicas.py
-tests peers tests/test_static_peer.py tests/test_bench_engine.py tests/test_drift.py
+tests peers tests/test_drift.py tests/test_bench_engine.py tests/test_static_peer.py
 linear=tests/ops/test_norm_linear.py
 tests shapes $linear -k "barks_shapes and not float32"
 tests shapes32 $linear -k "barks_shapes and float32"

@@ -15,9 +15,10 @@ from engine_load import CPU, RULE, SmallRunner, forever, random_request, spoken_
 from bark_fast.engine.held_noise import HeldNoise, Rewindable
 from bark_fast.engine.scheduler import Scheduler, Session, Utterance
 from bark_fast.engine.sequence import Sequence
+from bark_fast.engine.utterance import Group
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.pipeline import Bark
-from bark_fast.work import Decode, Stage
+from bark_fast.work import Decode, Join, Stage
 
 
 def interrupted(call: Callable[[], Any], code: set[str], at: int) -> bool:
@@ -91,6 +92,79 @@ def test_a_draw_that_was_interrupted_is_made_again(ahead: int) -> None:
             rest()
         assert all(map(torch.equal, got, expected)), f"after an interrupt at call {at}"
     assert at > 20
+
+
+def test_a_sequence_that_adopts_holds_pages_of_its_own(suno_bark: Bark) -> None:
+    prompt, at, came = np.arange(10_000, 10_021), 0, True
+    while came:
+        at += 1
+        pool = SmallRunner(suno_bark.runner).pools["coarse"]
+        one, other = (Sequence(pool, PhiloxNoise(seed, CPU), 1) for seed in range(2))
+        for sequence in (one, other):
+            sequence.begin(Decode("coarse", prompt, RULE, 3))
+        pool.reserve([one.handle], [len(prompt)])
+        one.grant(len(prompt))
+        one.take([10_003])
+        came = interrupted(lambda: other.adopt(one), {"adopt"}, at)  # noqa: B023
+        assert other.cached + other.pending == prompt.tolist()
+        other.forget()  # of a handle that is still one
+        for sequence in (one, other):
+            sequence.close()
+        assert came or not pool.pool.stats().pages_used
+    assert at > 4
+
+
+def test_a_join_that_was_interrupted_is_made_again(suno_bark: Bark) -> None:
+    class Interrupting(TorchNoise):
+        strikes = 1
+
+        def skip(self, rule: Any, steps: int) -> None:
+            super().skip(rule, steps)
+            if steps == 2 and self.strikes:
+                self.strikes = 0
+                raise KeyboardInterrupt
+
+    def joins(value: int, steps: int) -> Stage[list[list[int]]]:
+        first = yield Join(value, steps, RULE)
+        return [first, (yield Join(10 * value, 1, RULE))]
+
+    group, ended = Group(), []
+    noises = [Interrupting(torch.Generator().manual_seed(5), CPU, "hf", batch=2, row=row) for row in range(2)]
+    with Session(Scheduler(SmallRunner(suno_bark.runner))) as session:
+        session.add([(row, Utterance(joins(row + 1, 3 - 2 * row), noises[row], group)) for row in range(2)])
+        while session.pending:
+            try:
+                ended += session.wait()
+            except KeyboardInterrupt:
+                assert not noises[1].strikes
+    assert not noises[1].strikes and [one.result for one in ended] == [[[1, 2], [10, 20]]] * 2
+    plain = Interrupting(torch.Generator().manual_seed(5), CPU, "hf", batch=2, row=1)
+    plain.strikes = 0
+    plain.skip(RULE, 2)
+    expected = [torch.Generator().manual_seed(5).get_state(), plain.source_generator.get_state()]
+    assert all(torch.equal(n.source_generator.get_state(), e) for n, e in zip(noises, expected, strict=True))
+
+
+def test_whoever_ends_in_an_interrupt_is_waited_for_by_nobody(suno_bark: Bark) -> None:
+    """The interrupt is of who leads the round; the one that ends may be another's."""
+    at, came = 0, True
+    while came:
+        at += 1
+        request = random_request(np.random.default_rng(3))
+        session = Session(Scheduler(SmallRunner(suno_bark.runner)))
+        with session:
+            session.add([(0, request.utterances()[0])])
+            ended: list[Any] = []
+
+            def all_of_it() -> None:
+                while session.pending:  # noqa: B023
+                    ended.extend(session.wait())  # noqa: B023
+
+            came = interrupted(all_of_it, {"_close", "_give_back"}, at)
+            for _ in range(3):
+                ended += session.wait() if session.pending else []
+            assert not session.pending, f"after an interrupt at call {at}"
+    assert at > 3
 
 
 def test_an_iterator_collected_while_another_enters(suno_bark: Bark) -> None:

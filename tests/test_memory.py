@@ -160,6 +160,32 @@ class TestOffload:
         offloader.bring("first")
         assert (offloader.resident, offloader.moves) == ("first", 2)
 
+    def test_a_model_half_moved_by_an_interrupt_is_moved_again(self, monkeypatch):
+        monkeypatch.setattr(Offloader, "_kept", lambda self, tensor: tensor.clone())
+        modules = {name: torch.nn.Linear(3, 3) for name in ("first", "second")}
+        offloader, put = Offloader(modules, torch.device("cpu")), Offloader._put
+        home = {name: [p.data_ptr() for p in module.parameters()] for name, module in modules.items()}
+
+        def half(self, name, tensors):
+            monkeypatch.setattr(Offloader, "_put", put)
+            next(iter(self.modules[name].parameters())).data = tensors[0]
+            raise KeyboardInterrupt
+
+        def at_home(name):
+            return [p.data_ptr() for p in modules[name].parameters()] == home[name]
+
+        monkeypatch.setattr(
+            Offloader, "_copies", staticmethod(lambda tensors, copy: [t.clone() for t in tensors])
+        )
+        for resident in (None, "first"):  # as the other comes, and as this one goes
+            monkeypatch.setattr(Offloader, "_put", half)
+            with pytest.raises(KeyboardInterrupt):
+                offloader.bring("second" if resident else "first")
+            assert offloader.resident is None
+            offloader.bring("first")
+            assert offloader.resident == "first" and at_home("second")
+            assert not any(p.data_ptr() in home["first"] for p in modules["first"].parameters())
+
     def test_tied_weights_are_copied_once(self, monkeypatch):
         """Pinned memory is a copy; here any copy stands for it."""
         monkeypatch.setattr(Offloader, "_kept", lambda self, tensor: tensor.clone())

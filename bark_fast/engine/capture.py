@@ -49,13 +49,21 @@ class GraphMemory:
         stream = torch.cuda.current_stream(self.device)
         step()
         step()
-        torch.cuda.empty_cache()  # as torch does before a capture: it would be missing from what the graph took
-        held = torch.cuda.memory_reserved(self.device)
-        graph = torch.cuda.CUDAGraph()
         try:
-            # other threads, at work on other devices, are free to allocate meanwhile
-            with ONE_CAPTURE, torch.cuda.graph(graph, self.pool, self.side, "thread_local"):
-                step()
+            with ONE_CAPTURE:
+                # as torch does before a capture: it would be missing from what the graph took; of all devices,
+                # it fails while one captures
+                torch.cuda.empty_cache()
+                held = torch.cuda.memory_reserved(self.device)
+                graph = torch.cuda.CUDAGraph()
+                # What torch keeps of its generators from the first capture on must be no inference tensor, or
+                # others' captures could not write to it. Threads at work on other devices may allocate.
+                with (
+                    torch.inference_mode(False),
+                    torch.cuda.graph(graph, self.pool, self.side, "thread_local"),
+                    torch.inference_mode(),
+                ):
+                    step()
         except RuntimeError:
             self.failed = True
             torch.cuda.set_stream(stream)  # torch leaves the capture's the current one if ending it fails

@@ -139,6 +139,16 @@ class HeldNoise:
         self.used(first_step)
         return self._held
 
+    def mark(self) -> Tensor | None:
+        """Where it stands, for `rewind`."""
+        self.settle()
+        return self.source.source_generator.get_state() if isinstance(self.source, TorchNoise) else None
+
+    def rewind(self, mark: Tensor | None) -> None:
+        """Go back to where it stood: what was skipped since is to be skipped again."""
+        if isinstance(self.source, TorchNoise) and mark is not None:
+            self.source.source_generator.set_state(mark)
+
     def skip(self, rule: SamplingRule, steps: int) -> None:
         """As `NoiseSource.skip`."""
         self.settle()

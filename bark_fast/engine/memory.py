@@ -39,12 +39,18 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
+def is_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it because there is none left: on a CPU it has no class of its own for that."""
+    return "alloc" in str(error) or "memory" in str(error)
+
+
 class Offloader:
     """Keeps the weights of several modules on the host and brings those of one at a time to the device."""
 
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         self.modules, self.device = dict(modules), device
         self.resident: str | None = None
+        self._away: list[str] = []  # whose weights may be on the device, in part
         self.moves = 0
         self._host = {
             name: self._copies(module.parameters(), self._kept) for name, module in self.modules.items()
@@ -56,11 +62,13 @@ class Offloader:
         """Make `name` the module whose weights are on the device."""
         if name == self.resident:
             return
-        if self.resident is not None:
-            self._put(self.resident, self._host[self.resident])
-            self.resident = None  # also if there is no room for the next one
+        self.resident = None  # until all is in place: there may be no room, or an interrupt
+        for other in self._away:
+            self._put(other, self._host[other])
+        self._away = []
         with torch.inference_mode(False):  # a parameter cannot hold an inference tensor
             there = self._copies(self._host[name], lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._away = [name]
         self._put(name, there)
         self.resident = name
         self.moves += 1

@@ -6,7 +6,9 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Generic, TypeVar
 
 from bark_fast.engine.admission import Admission
@@ -76,8 +78,8 @@ class Rounds(Generic[T]):
         left = ([one for one in party if not meant(one)] for party in self.waiting)
         self.waiting = deque(party for party in left if party)
         for one in list(filter(meant, self.active)):
-            self.active.remove(one)
             self._close(one)
+            self.active.remove(one)
 
     def round(self) -> None:
         """Carry everybody a piece of work further."""
@@ -180,9 +182,11 @@ class Rounds(Generic[T]):
                 one.answer = one.sequence.result()
 
     def _end(self, one: Active[T], outcome: Outcome[T]) -> None:
-        self.active.remove(one)
-        self._close(one)
-        one.owner.ended(outcome)
+        try:
+            self.active.remove(one)
+            self._close(one)
+        finally:  # an interrupted owner would wait for ever
+            one.owner.ended(outcome)
 
     def _close(self, one: Active[T]) -> None:
         one.answer = None
@@ -198,8 +202,8 @@ class Rounds(Generic[T]):
 
     def _give_back(self, one: Active[T]) -> None:
         if one.sequence is not None and isinstance(one.work, Decode):
-            sequence, one.sequence = one.sequence, None
-            self.runner.close(one.work.model, sequence)
+            self.runner.close(one.work.model, one.sequence)
+            one.sequence = None
 
     def _decode(self, model: str) -> None:
         """One step of `model` for all who can go."""
@@ -264,12 +268,13 @@ class Rounds(Generic[T]):
                 one.alone = True
                 if one.sequence is not None:
                     one.sequence.forget()
-            warnings.warn(  # may raise, where warnings are errors
-                f"a batch of {len(batch)} utterances failed ({type(error).__name__}: {error}); they go on one "
-                f"by one until it shows which is at fault",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            with suppress(RuntimeWarning):  # where warnings are errors: who leads is not at fault
+                warnings.warn(
+                    f"a batch of {len(batch)} utterances failed ({type(error).__name__}: {error}); they go on "
+                    f"one by one until it shows which is at fault",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return None
 
     def _join(self) -> None:
@@ -283,9 +288,17 @@ class Rounds(Generic[T]):
                 continue
             longest = max(join.steps for join in joins)
             values = [join.value for join in joins]
-            for one, join in zip(members, joins, strict=True):
-                one.noise.skip(join.rule, longest - join.steps)
-                one.answer = values
+            held = [one.noise for one in members if isinstance(one.noise, HeldNoise)]
+            marks = [noise.mark() for noise in held]
+            try:
+                for one, join in zip(members, joins, strict=True):
+                    one.noise.skip(join.rule, longest - join.steps)
+            except BaseException:
+                for noise, mark in zip(held, marks, strict=True):
+                    noise.rewind(mark)
+                raise
+            # in C, where no interrupt comes: who is answered alone would be a join ahead of the others
+            any(map(setattr, members, repeat("answer"), repeat(values)))
 
 
 def model_of(work: Work | None) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from contextlib import suppress
 
 import numpy as np
 
 from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import KVPool
-from bark_fast.errors import GenerationError
+from bark_fast.errors import GenerationError, InvalidSequence
 from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import NoiseSource
 from bark_fast.ops.sampling import INVALID_TOKEN
@@ -69,9 +70,9 @@ class Sequence:
         keep = other._shared_with(prompt, self.merged)
         if keep <= len(self.cached):
             return False
-        forked = self.pool.pool.fork(other.handle, keep)
-        self.pool.pool.free(self.handle)
+        before, forked = self.handle, self.pool.pool.fork(other.handle, keep)
         self.handle, self.cached, self.pending = forked, prompt[:keep], prompt[keep:]
+        self.pool.pool.free(before)  # last: an interrupt may leak it, but leaves no handle of nothing
         return True
 
     def repeats(self, other: Sequence) -> bool:
@@ -154,8 +155,9 @@ class Sequence:
         return Decoded(np.array(self.drawn, dtype=np.int64), self.steps)
 
     def close(self) -> None:
-        """Give the pages back for good."""
-        self.pool.pool.free(self.handle)
+        """Give the pages back for good; again, after an interrupt that came at the end, is no error."""
+        with suppress(InvalidSequence):  # no handle is given out twice
+            self.pool.pool.free(self.handle)
 
 
 def common_prefix(a: Items[int], b: Items[int]) -> int:

@@ -59,8 +59,9 @@ class Worker(Generic[T]):
                 self._thread = Thread(target=self._serve, name="bark-fast", daemon=False)
                 try:
                     self._thread.start()
-                except RuntimeError:  # the system has no more
-                    self._thread = None
+                except BaseException:  # the system has no more, or an interrupt came first
+                    if not self._thread.is_alive():
+                        self._thread = None
                     raise
 
     async def outcome(self, utterance: Utterance[T], observer: Observer | None = None) -> Outcome[T]:

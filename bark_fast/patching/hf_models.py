@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bark_fast.checkpoint.names import HF_PREFIX, hf_name
 from bark_fast.config import FineConfig, GPTConfig, ModelName
+from bark_fast.engine.memory import is_of_memory
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
@@ -116,7 +117,9 @@ class FastCausal(Patched):
             cache.pop("decoder", None)  # its pages make room for the new ones
             try:
                 decoder = cache["decoder"] = Decoder(self.stage, bound, batch)
-            except torch.OutOfMemoryError:  # theirs takes only what the tokens so far need
+            except RuntimeError as error:  # theirs takes only what the tokens so far need
+                if not is_of_memory(error):
+                    raise
                 raise NotCovered(f"a batch of {batch} for whose pages there is no memory") from None
         rows: Rows | None = cache.get("rows")
         if rows is not None and (rows.batch != batch or rows.decoder is not decoder):

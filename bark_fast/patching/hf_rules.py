@@ -50,7 +50,9 @@ def request_of(
         if rank < 0 or any(_ORDER.index(other) >= rank for other in found):
             raise NotCovered(f"the logits processor {name}{' in this place' if rank >= 0 else ''}")
         found[name] = processor
-    suppress, prioritizer, alternating, temperature, top_k, top_p, _ = map(found.get, _ORDER)
+    suppress, prioritizer, alternating, temperature, top_k, top_p, normalized = map(found.get, _ORDER)
+    if normalized is None and not generation_config.do_sample:  # scores that differ may be one once normalised
+        raise NotCovered("greedy decoding without renormalize_logits")
     for one in (top_k, top_p):
         if one is not None and one.filter_value != -math.inf:
             raise NotCovered(f"{type(one).__name__} with filter_value")

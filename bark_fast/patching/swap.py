@@ -124,9 +124,9 @@ def _in_place_of(original: Callable[..., Any], function: FunctionType) -> Callab
 
 def swap(module: nn.Module, mixin: type[Patched], policy: Policy) -> None:
     """Give `module` the fast class; one that has it already gets the new policy."""
-    if not is_fast(module):
-        module.__class__ = fast_class(type(module), mixin)
-    module.__dict__[STATE] = State(policy)
+    fast = type(module) if is_fast(module) else fast_class(type(module), mixin)
+    module.__dict__[STATE] = State(policy)  # first: an interrupt must not leave the class without it
+    module.__class__ = fast
 
 
 def check_outermost(module: nn.Module) -> None:
@@ -142,6 +142,7 @@ def check_outermost(module: nn.Module) -> None:
 def restore(module: nn.Module) -> None:
     """Give `module` its own class back, and to hooks the forward they would have wrapped."""
     if not isinstance(module, Patched):
+        module.__dict__.pop(STATE, None)  # of a swap that was interrupted
         return
     fast, original = type(module), module._bark_fast_original
     for name, value in list(module.__dict__.items()):
@@ -149,8 +150,8 @@ def restore(module: nn.Module) -> None:
         if isinstance(value, MethodType) and value.__self__ is module:
             if value.__func__ is getattr(fast, value.__name__, None) and hasattr(original, value.__name__):
                 module.__dict__[name] = MethodType(getattr(original, value.__name__), module)
-    del module.__dict__[STATE]
     module.__class__ = original
+    module.__dict__.pop(STATE, None)
 
 
 def _blank(original: type, mixin: type) -> Any:

@@ -373,6 +373,10 @@ UNCOVERED = {
     "typical_p": ({"coarse_typical_p": 0.9}, "Typical"),
     "output_scores": ({"semantic_return_dict_in_generate": True, "semantic_output_scores": True}, "scores"),
     "min_new_tokens": ({"semantic_min_new_tokens": 5}, "MinLength"),
+    "raw greedy": (
+        {"semantic_do_sample": False, "semantic_renormalize_logits": False},
+        "greedy decoding without renormalize_logits",
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from torch import nn
 import bark_fast
 from bark_fast.errors import InvalidInput
 from bark_fast.patching import core, hf, hf_models
+from bark_fast.patching import swap as swapping
 from bark_fast.patching.swap import is_fast
 
 SHORT = {"semantic_max_new_tokens": 12}
@@ -110,6 +111,21 @@ def test_an_exception_in_the_midst_of_patching_leaves_nothing(peer, monkeypatch,
     swap = core.swap
     monkeypatch.setattr(core, "swap", failing)
     with pytest.raises(MemoryError):
+        bark_fast.patch(peer.model)
+    assert anatomy(peer.model) == before
+
+
+def test_an_interrupt_within_a_swap_leaves_nothing(peer, monkeypatch):
+    before, made, state = anatomy(peer.model), [], swapping.State
+
+    def interrupted(policy):
+        made.append(policy)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return state(policy)
+
+    monkeypatch.setattr(swapping, "State", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         bark_fast.patch(peer.model)
     assert anatomy(peer.model) == before
 
@@ -471,11 +487,19 @@ def test_a_hook_on_a_model_is_reported(model):
     assert left["semantic"] == "a model whose forward was replaced" and "coarse_acoustics" not in left
 
 
-def test_without_memory_for_pages_the_original_speaks(peer, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+    ids=["GPU", "CPU"],
+)
+def test_without_memory_for_pages_the_original_speaks(peer, monkeypatch, error):
     """It makes room only for the tokens there are."""
 
     def none(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     expected = spoken(peer)
     bark_fast.patch(peer.model)
