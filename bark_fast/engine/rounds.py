@@ -78,8 +78,10 @@ class Rounds(Generic[T]):
         left = ([one for one in party if not meant(one)] for party in self.waiting)
         self.waiting = deque(party for party in left if party)
         for one in list(filter(meant, self.active)):
-            self._close(one)
-            self.active.remove(one)
+            try:
+                self._close(one)
+            finally:  # closed in part, it must not be carried further
+                self.active.remove(one)
 
     def round(self) -> None:
         """Carry everybody a piece of work further."""
