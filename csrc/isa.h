@@ -5,8 +5,8 @@ namespace bark_fast {
 
 // Kinds of CPUs, told apart by how they like memory to be streamed, by measurement.
 extern bool intels_cpu;
-// Whether 16-bit numbers are best asked for into the L1: AMD's from Zen 5 on. Elsewhere the line buffers, through which
-// they would go, are too few for what is under way, and the L2 is the better place.
+// Whether 16-bit weights, and keys and values, are best asked for into the L1: on AMD's CPUs from Zen 5 on. Elsewhere the
+// line buffers, through which they would go, are too few for what is under way, and the L2 is the better place.
 extern bool fetch_near;
 
 // "intel", "zen5" or "others".

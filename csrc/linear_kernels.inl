@@ -115,11 +115,11 @@ void pack(const Linear& call, void* packed) {
 // Lines of which the same columns are asked for while others are multiplied: each `every`th step of them from `turn`
 // on. With AVX-512 on AMD's CPUs tiles of rows take turns, for only so much can be under way at a time. Elsewhere the
 // first tile asks for all, and the others' are null.
-constexpr bool kMayTurn = W == 16;
 struct Fetch {
     const char* const* lines;
     int every, turn;
 };
+constexpr bool kMayTurn = W == 16;
 
 // totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it.
 template <int R, int O, class T>

@@ -254,6 +254,29 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, 
     assert memory.failed == fails
 
 
+def test_torchs_cache_is_emptied_and_generators_kept_as_captures_need_it(monkeypatch) -> None:
+    """Under the lock, beside which emptying would fail; and torch's own tensors are no inference tensors."""
+    seen = []
+
+    @contextmanager
+    def graph(*_: object) -> Iterator[None]:
+        seen.append(("begun", capture.ONE_CAPTURE.locked(), torch.is_inference_mode_enabled()))
+        yield
+
+    for name, value in {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device, priority: "side",
+        "current_stream": lambda device: "caller's", "graph": graph, "CUDAGraph": lambda: "graph",
+        "empty_cache": lambda: seen.append(("emptied", capture.ONE_CAPTURE.locked())),
+        "memory_reserved": lambda device: 0,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(capture.torch.cuda, name, value)
+    steps: list[bool] = []
+    with torch.inference_mode():
+        GraphMemory(torch.device("cuda")).capture(lambda: steps.append(torch.is_inference_mode_enabled()))
+    assert seen == [("emptied", True), ("begun", True, False)] and steps == [True] * 3
+    assert not capture.ONE_CAPTURE.locked()
+
+
 def test_a_gpu_without_triton_is_told(monkeypatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(loading, "has_triton", lambda: False)

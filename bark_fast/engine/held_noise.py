@@ -142,12 +142,12 @@ class HeldNoise:
     def mark(self) -> Tensor | None:
         """Where it stands, for `rewind`."""
         self.settle()
-        return self.source.source_generator.get_state() if isinstance(self.source, TorchNoise) else None
+        return None if self._ahead is None else self._ahead.generator.get_state()
 
     def rewind(self, mark: Tensor | None) -> None:
         """Go back to where it stood: what was skipped since is to be skipped again."""
-        if isinstance(self.source, TorchNoise) and mark is not None:
-            self.source.source_generator.set_state(mark)
+        if self._ahead is not None and mark is not None:
+            self._ahead.generator.set_state(mark)
 
     def skip(self, rule: SamplingRule, steps: int) -> None:
         """As `NoiseSource.skip`."""

@@ -50,7 +50,7 @@ class Offloader:
     def __init__(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
         self.modules, self.device = dict(modules), device
         self.resident: str | None = None
-        self._away: list[str] = []  # whose weights may be on the device, in part
+        self._away: str | None = None  # whose weights may be on the device, in part
         self.moves = 0
         self._host = {
             name: self._copies(module.parameters(), self._kept) for name, module in self.modules.items()
@@ -63,12 +63,12 @@ class Offloader:
         if name == self.resident:
             return
         self.resident = None  # until all is in place: there may be no room, or an interrupt
-        for other in self._away:
-            self._put(other, self._host[other])
-        self._away = []
+        if self._away is not None:
+            self._put(self._away, self._host[self._away])
+            self._away = None
         with torch.inference_mode(False):  # a parameter cannot hold an inference tensor
             there = self._copies(self._host[name], lambda tensor: tensor.to(self.device, non_blocking=True))
-        self._away = [name]
+        self._away = name
         self._put(name, there)
         self.resident = name
         self.moves += 1
