@@ -45,7 +45,7 @@ ISAS = {
     "_avx512bf16": ("AVX-512 BF16", (*AVX512, "-mavx512bf16")),
 }
 NVCC_FLAGS = ("-std=c++17", "-O3", "-t0", "--resource-usage", "-Xcompiler=-fPIC,-fvisibility=hidden,-pthread")
-CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 NO_COMPILER = "no C++ compiler found (install g++ or clang)"
 
 

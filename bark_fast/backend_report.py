@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bark_fast.extension import describe, load
-from bark_fast.ops.dispatch import has_triton, multiplies_faster
+from bark_fast.ops.dispatch import multiplies_faster
+from bark_fast.ops.gpus import has_triton, triton_fault
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def backends() -> list[Backend]:
 
     return [
         Backend("torch", True, f"eager operations of torch {torch.__version__}"),
-        _triton(torch.cuda.is_available()),
+        _triton(torch.cuda.device_count() if torch.cuda.is_available() else 0),
         Backend("extension", load() is not None, describe() + _cpu_work() + _cuda_fault()),
     ]
 
@@ -50,9 +51,13 @@ def _cuda_fault() -> str:
     module = load()
     if module is None or not module.build_info()["cuda_archs"]:
         return ""
-    faults = {index: module.cuda_fault(index) for index in range(torch.cuda.device_count())}
-    told = [f"cuda:{index} ({fault})" for index, fault in faults.items() if fault]
-    return f"; Triton takes its place on {', '.join(told)}" if told else ""
+    faults = {gpu: module.cuda_fault(gpu) for gpu in range(torch.cuda.device_count())}
+    told = [
+        f"; {'torch' if triton_fault(gpu) else 'Triton'} takes its place on cuda:{gpu} ({fault})"
+        for gpu, fault in faults.items()
+        if fault
+    ]
+    return "".join(told)
 
 
 def installed_version(package: str) -> str | None:
@@ -63,9 +68,14 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _triton(has_gpu: bool) -> Backend:
+def _triton(gpus: int) -> Backend:
     if not has_triton():
         return Backend("triton", False, "the package triton is not installed")
-    if not has_gpu:
+    if not gpus:
         return Backend("triton", False, "no CUDA GPU is visible to torch")
-    return Backend("triton", True, f"kernels of triton {installed_version('triton')} for tensors on the GPU")
+    faults = {f"cuda:{gpu}": fault for gpu in range(gpus) if (fault := triton_fault(gpu))}
+    told = "; ".join(f"torch takes their place on {gpu}: {fault}" for gpu, fault in faults.items())
+    if len(faults) == gpus:
+        return Backend("triton", False, told)
+    kernels = f"kernels of triton {installed_version('triton')} for tensors on the GPU"
+    return Backend("triton", True, "; ".join(filter(None, (kernels, told))))

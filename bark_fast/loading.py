@@ -22,7 +22,8 @@ from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.numeric import is_whole
-from bark_fast.ops.dispatch import has_triton, preferred
+from bark_fast.ops.dispatch import preferred
+from bark_fast.ops.gpus import triton_fault
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
@@ -80,9 +81,9 @@ def make_runner(
         semantic, coarse = GPT(config.semantic), GPT(config.coarse)
         fine, codec = FineGPT(config.fine), Codec(config.codec)
     room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
-    decoding = [weight.device for name in ("semantic", "coarse") for weight in weights[name].values()]
-    fastest = next((place for place in decoding if place.type == "cuda"), device)
-    kind = runner_kind(device if offload else fastest)
+    decoding = [weight for name in ("semantic", "coarse") for weight in weights[name].values()]
+    fastest = next((weight.device for weight in decoding if weight.is_cuda), device)
+    kind = runner_kind(device if offload else fastest, decoding[0].dtype)
     modules: dict[ModelName, nn.Module] = {"semantic": semantic, "coarse": coarse, "fine": fine, "codec": codec}
     for name, module in modules.items():
         module.load_state_dict(weights[name], assign=True)  # it was built without
@@ -102,14 +103,15 @@ def make_runner(
     return runner
 
 
-def runner_kind(device: torch.device) -> type[EagerRunner]:
-    """The runner for models that decode on `device`. Says so where a GPU gets the slow one."""
+def runner_kind(device: torch.device, dtype: torch.dtype) -> type[EagerRunner]:
+    """The runner for models that decode on `device` in `dtype`. Says so where a GPU gets the slow one."""
     if device.type != "cuda" or preferred() == "torch":
         return EagerRunner
-    if not has_triton():  # a step of sampling then needs the host, and a burst would gain nothing
+    gpu = torch.cuda.current_device() if device.index is None else device.index
+    if fault := triton_fault(gpu, dtype):  # a step of sampling then needs the host: a burst would gain nothing
         warnings.warn(
-            "triton is not installed, so steps are launched one operation at a time on this GPU, without CUDA "
-            "graphs, which is slower; install triton",
+            f"on cuda:{gpu} steps are launched one operation at a time by torch, without CUDA graphs, which is "
+            f"slower: {fault}",
             RuntimeWarning,
             stacklevel=2,
         )

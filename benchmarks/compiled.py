@@ -4,7 +4,7 @@ python benchmarks/compiled.py --arch 90 [--family attention]. Launchers are call
 kernels, constants and options are those a real call would use; Triton compiles them down to machine code and
 nothing is launched. Registers, spills, shared memory and instructions are read off the cubin.
 
-That takes half an hour of one core. A kernel's key is of its source, its constants, its options and the types
+That takes an hour of one core. A kernel's key is of its source, its constants, its options and the types
 of its arguments. What has the key of a row of the table under results/ would be compiled to what is said
 there, by the same version of Triton: --sample N takes the table's word but for each N-th such key.
 """
@@ -29,15 +29,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from demands import WIDE_SHARE, wants_tensor_cores
+from demands import WIDE_SHARE, wants_ampere, wants_tensor_cores
 from production import FAMILIES, launches
 from sass import INSTRUCTION_BYTES, loads_at_once, wide_share
 
 RESULTS = Path(__file__).parent / "results" / "compiled.csv"
-WARPS_PER_PROCESSOR = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
-SHARED_PER_PROCESSOR = {80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400}
+WARPS_PER_PROCESSOR = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+SHARED_PER_PROCESSOR = {
+    75: 65_536, 80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 100: 233_472, 120: 102_400
+}  # fmt: skip
 REGISTERS_PER_PROCESSOR = 65_536
-MAX_BLOCKS_PER_PROCESSOR = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+MAX_BLOCKS_PER_PROCESSOR = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,11 @@ def compile_family(family: str, arch: int, known: Known, sample: int) -> list[Co
         return kernel
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
         name, size = self.fn.__name__, grid(options) if callable(grid) else grid
         dtypes = {each.dtype for each in args if isinstance(each, torch.Tensor)}
+        if wants_ampere(name, dtypes, options) and not KNOWN[arch].tensor_cores:
+            return None
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
         named = {
             "kernel": name, "grid": tuple(int(n) for n in size), "wants_wide_share": WIDE_SHARE[name],
             "wants_tensor_cores": wants_tensor_cores(name, dtypes, options),
@@ -253,7 +257,7 @@ def compile_family(family: str, arch: int, known: Known, sample: int) -> list[Co
         for launch in launches(family, torch.device("meta")):
             made.clear()
             launch.call()
-            if not made:
+            if not made and KNOWN[arch].tensor_cores:
                 raise SystemExit(f"{family}: {launch.name} launched nothing")
             for one, kernel, named in made:
                 named |= {"launch": launch.name, "wants_loads_at_once": launch.loads_at_once}
@@ -297,7 +301,7 @@ def main() -> None:
     """Compile, print, and on request write the table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(WARPS_PER_PROCESSOR)
+        "--arch", type=int, nargs="+", default=sorted(WARPS_PER_PROCESSOR), choices=sorted(WARPS_PER_PROCESSOR)
     )
     parser.add_argument("--family", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument(

@@ -33,6 +33,16 @@ WIDE_SHARE = {
 
 
 def wants_tensor_cores(kernel: str, dtypes: Set[torch.dtype], constants: Mapping[str, object]) -> bool:
-    """Whether it multiplies in 16 bits or TF32; one row of a head is multiplied out in registers."""
+    """Whether it multiplies matrices in 16 bits or TF32."""
     short = bool(HALVES & dtypes) or constants.get("PRECISION") == "tf32"
-    return kernel in PRODUCTS and short and constants.get("ROWS") != 1
+    return short and _multiplies(kernel, constants)
+
+
+def wants_ampere(kernel: str, dtypes: Set[torch.dtype], constants: Mapping[str, object]) -> bool:
+    """Whether operations take torch in its place on older GPUs, see `bark_fast.ops.gpus`."""
+    return torch.bfloat16 in dtypes or _multiplies(kernel, constants)
+
+
+def _multiplies(kernel: str, constants: Mapping[str, object]) -> bool:
+    """One row of a head is multiplied out in registers."""
+    return kernel in PRODUCTS and constants.get("ROWS") != 1

@@ -214,7 +214,7 @@ def main() -> None:
         bark = loaded(checkpoint, options.replicas)
         expected = [tokens(bark.generate(**request)) for request in requests]
         if options.bursts:
-            loading.runner_kind = lambda device: GraphRunner  # type: ignore[assignment]
+            loading.runner_kind = lambda *_: GraphRunner  # type: ignore[assignment]
             bark = loaded(checkpoint, options.replicas)
     for runner in bark.runners:
         for name, gpt in runner.models.items():  # pages of two full contexts for eight utterances

@@ -44,7 +44,7 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: 
     # give every processor two programs; below that (one utterance: 12 or 16 heads of 1,024 queries) blocks of
     # 64 reach more processors.
     few = masked or pairs * triton.cdiv(time, 128) < 2 * target.processors
-    if target.arch < 90:
+    if target.mma_sync:
         warps = max(4, head_dim // 16)  # 32 queries each where they fit: mma.sync reads operands warp by warp
         return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, warps, 3)
     if target.arch < 100:
@@ -178,6 +178,7 @@ def attention(
     # gets should be as short as its first is long. A larger grid evens out if long programs come first.
     fits = pairs * blocks_m <= 2 * target.processors
     turn = min(blocks_m, max(1, target.processors // pairs)) if fits else blocks_m
+    wide_fp32 = head_dim == 128 and query.dtype == torch.float32
     mask, ends = query if key_mask is None else key_mask, query if lengths is None else lengths
     _attention_kernel[(blocks_m * pairs,)](
         query, key, value, out, mask, ends,
@@ -188,5 +189,5 @@ def attention(
         HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys, PRECISION=precision(query.dtype),
         num_warps=entry.warps, num_stages=entry.stages,
         # not told so, ptxas spills with a mask to fit one program more onto a processor (SASS of triton 3.9)
-        **(registers(255) if head_dim == 128 and query.dtype == torch.float32 else {}), **COMPILE,
+        **(registers(255) if wide_fp32 or (head_dim == 32 and key_mask is not None) else {}), **COMPILE,
     )  # fmt: skip

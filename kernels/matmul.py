@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
-from bark_fast.kernels.target import COMPILE, Target, precision, registers
+from bark_fast.kernels.target import COMPILE, Target, precision, registers, target_of
 
 MAX_NORM_ROWS = 16
 MAX_NORM_BYTES = 512
@@ -191,7 +191,8 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     Reasoned, unmeasured: `bench_norm_linear.py --tune` tries others.
     """
     if dtype == torch.float32:  # multiply-adds out of shared memory: no tensor cores in true fp32
-        block_m, block_n, block_k, warps, stages = (16 if rows <= 16 else 64), 32, 32, 4, 3
+        most = 32 if target.small else 64
+        block_m, block_n, block_k, warps, stages = (16 if rows <= 16 else most), 32, 32, 4, 3
     elif rows <= 64:
         block_m = max(16, triton.next_power_of_2(rows))
         narrow = n <= 1024
@@ -238,6 +239,7 @@ def matmul(
     blocks = triton.cdiv(k, chosen.block_k)
     steps = triton.cdiv(blocks, chosen.splits)
     span = steps * chosen.block_k
+    small = target_of(x.device).small
     # neither the interpreter nor AMD's GPUs run PTX
     streaming = rows <= 64 and x.device.type != "cpu" and torch.version.hip is None
     prefetch = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128)) if streaming else 0
@@ -252,9 +254,9 @@ def matmul(
         WHOLE=k % chosen.block_k == 0, PREFETCH=prefetch, PDL=pdl, PRECISION=precision(x.dtype),
         num_warps=chosen.warps, num_stages=chosen.stages,
         # a processor has one or two of these programs, so none need save registers: not told so, ptxas loads
-        # half of the rows to normalise and waits before it loads the others, or spills at 56 registers
+        # half of the rows to normalise and waits before it loads the others, or spills at 56 to 96 registers
         # (SASS of triton 3.9 and 3.8)
-        **(registers(255) if rows <= MAX_NORM_ROWS else {}),
+        **(registers(255) if rows <= MAX_NORM_ROWS or small else {}),
         **({"launch_pdl": True} if pdl else {}), **COMPILE,
     )  # fmt: skip
     return out

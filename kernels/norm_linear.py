@@ -41,7 +41,10 @@ def bucket(rows: int) -> int:
 
 
 def plan(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Plan:
-    """What the table says; otherwise gemv, then matmul, then cuBLAS as rows grow, which is unmeasured."""
+    """What the table says; otherwise gemv, then matmul, then cuBLAS as rows grow, which is unmeasured.
+
+    Without tensor cores that Triton uses, cuBLAS, which may have others, multiplies in matmul's place.
+    """
     key = (target.arch, dtype, bucket(rows), n, k)
     if key in TUNED:
         return TUNED[key]
@@ -49,6 +52,8 @@ def plan(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Plan:
         tile = gemv.tile(target, dtype, rows, n, k)
         if gemv.fits(rows, k, tile):
             return tile
+    if not target.tensor_cores:
+        return None
     return matmul.tile(target, dtype, rows, n, k) if rows <= MATMUL_ROWS[dtype] else None
 
 

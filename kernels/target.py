@@ -28,8 +28,24 @@ class Target:
     processors: int
     shared_memory: int
 
+    @property
+    def small(self) -> bool:
+        """Whether a processor holds one large block only: desktop chips have less shared memory."""
+        return self.shared_memory < 128 << 10
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether Triton multiplies on tensor cores there; else each thread multiplies and adds."""
+        return self.arch >= 80
+
+    @property
+    def mma_sync(self) -> bool:
+        """Whether these are fed from registers, warp by warp: Ampere's, Ada's, desktop Blackwell's."""
+        return self.arch < 90 or self.arch >= 120
+
 
 KNOWN = {
+    75: Target(75, 40, 65_536),  # T4
     80: Target(80, 108, 166_912),  # A100
     86: Target(86, 84, 101_376),  # RTX 3090
     89: Target(89, 128, 101_376),  # RTX 4090

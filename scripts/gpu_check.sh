@@ -58,7 +58,7 @@ cuda_part() { # the build goes on without it, and the operations take Triton in 
         *' and CUDA ('*) echo "CUDA part: built, ${built##* and }" ;;
         *) echo "CUDA PART MISSING: ${built:-the build said nothing}" | cut -c1-300 ;;
     esac
-    grep -ho 'Triton takes its place on .*' "$out/doctor.log" 2> /dev/null | sed 's/^/CUDA PART NOT USED: /'
+    grep -Eho '(Triton|torch) takes its place on .*' "$out/doctor.log" 2> /dev/null | sed 's/^/CUDA PART NOT USED: /'
 }
 failures() { # of tests, of contenders in benchmarks, and those that compute-sanitizer found
     found '^(FAILED|ERROR|Fatal Python error:|=+ (Invalid|Program hit|ERROR SUMMARY: [1-9])).' | excerpt 5 140
@@ -156,7 +156,7 @@ tests() { # tests NAME ARGUMENTS...
         -o faulthandler_timeout=60 --continue-on-collection-errors "$@"
 }
 tests engine tests/test_gpu.py
-tests decode_loop tests/test_decode_loop.py tests/test_transfers.py
+tests decode_loop tests/test_decode_loop.py tests/test_transfers.py tests/test_kv_pool.py
 tests load tests/test_scheduler.py
 tests memory tests/test_memory.py tests/test_checkpoint.py tests/test_replicas.py
 tests peers tests/test_drift.py tests/test_bench_engine.py tests/test_static_peer.py
@@ -168,7 +168,7 @@ tests linear $linear -k "not barks_shapes and not matmul"
 tests mlp_ops tests/ops/test_mlp.py tests/ops/test_embedding.py
 tests sampling_ops tests/ops/test_sampling.py tests/ops/test_head_sampling.py tests/ops/test_philox.py
 tests attention_ops tests/ops/test_attention.py tests/ops/test_tf32.py tests/ops/test_decode_state.py \
-    tests/ops/test_target.py
+    tests/ops/test_target.py tests/ops/test_gpus.py
 tests paged_ops tests/ops/test_paged_kv.py tests/ops/test_paged_kv_triton.py tests/ops/test_paged_prefill.py
 # allocations of their own, or an overrun would end in a neighbour's; a driver call that torch lets fail is no fault
 begin memcheck 125 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \

@@ -18,18 +18,18 @@ from production import FAMILIES
 from sass import loads_at_once, wide_share
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
-SAMPLE = 6
+SAMPLES = {75: 24, 80: 6, 86: 24, 89: 24, 90: 6, 100: 6, 120: 24}
 """Of kernels that the table lists as this version of Triton compiles them, each N-th is compiled anew."""
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("arch", [80, 90, 100])  # apart, so that workers share the longest family
+@pytest.mark.parametrize("arch", SAMPLES)  # apart, so that workers share the longest family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_compile_and_fit(family: str, arch: int) -> None:
     triton = pytest.importorskip("triton")
-    options = ("--arch", str(arch), "--family", family, "--json", "--sample", str(SAMPLE))
+    options = ("--arch", str(arch), "--family", family, "--json", "--sample", str(SAMPLES[arch]))
     compiled = in_triton(str(SCRIPT), *options)
-    assert {c["arch"] for c in compiled} == {arch}
+    assert {c["arch"] for c in compiled} == ({arch} if (family, arch) != ("attention", 75) else set())
     for c in compiled:
         print(
             f"sm_{c['arch']} {c['launch']:44} {c['kernel']:28} {c['warps']:2} warps {c['registers']:3} regs "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 from engine_load import RULE, runner_of
 
-from bark_fast import loading
 from bark_fast.engine import burst, capture
 from bark_fast.engine.capture import GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
@@ -275,20 +273,6 @@ def test_torchs_cache_is_emptied_and_generators_kept_as_captures_need_it(monkeyp
         GraphMemory(torch.device("cuda")).capture(lambda: steps.append(torch.is_inference_mode_enabled()))
     assert seen == [("emptied", True), ("begun", True, False)] and steps == [True] * 3
     assert not capture.ONE_CAPTURE.locked()
-
-
-def test_a_gpu_without_triton_is_told(monkeypatch) -> None:
-    gpu = torch.device("cuda")
-    monkeypatch.setattr(loading, "has_triton", lambda: False)
-    with pytest.warns(RuntimeWarning, match="triton is not installed"):
-        assert loading.runner_kind(gpu) is EagerRunner
-    monkeypatch.setattr(loading, "has_triton", lambda: True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert loading.runner_kind(gpu) is GraphRunner
-        assert loading.runner_kind(CPU) is EagerRunner
-        with prefer("torch"):
-            assert loading.runner_kind(gpu) is EagerRunner
 
 
 def test_draws_ahead_are_settled_by_what_was_taken(suno_bark: Bark) -> None:

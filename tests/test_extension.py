@@ -111,17 +111,20 @@ def test_without_a_compiler_the_build_goes_on_and_writes_down_why(tmp_path):
 def test_a_cuda_part_that_cannot_run_on_a_gpu_is_not_used_there(monkeypatch):
     """No code for it, or a driver older than what it was built with: Triton runs, and the doctor says why."""
     module = SimpleNamespace(
-        cuda_fault=lambda gpu: "no kernel image" if gpu == 1 else "",
+        cuda_fault=lambda gpu: "no image" if gpu else "",
         build_info=lambda: {"compiler": "g++", "isas": ["portable"], "cuda_archs": ["sm_90"]},
         cpu_is_intels=lambda: True,
         isa=lambda: "avx2",
     )
     monkeypatch.setattr(extension, "_attempt", lambda: (module, ""))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(backend_report, "triton_fault", lambda gpu: "too old" if gpu == 2 else "")
     paged_kv.compiled.cache_clear()
     try:
         assert [paged_kv.compiled(gpu) for gpu in (None, 0, 1)] == [module, module, None]
     finally:
         paged_kv.compiled.cache_clear()
     reason = extension_backend().reason
-    assert "CUDA (sm_90);" in reason and reason.endswith("; Triton takes its place on cuda:1 (no kernel image)")
+    assert "CUDA (sm_90);" in reason and reason.endswith(
+        "; Triton takes its place on cuda:1 (no image); torch takes its place on cuda:2 (no image)"
+    )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from bark_fast.config import GPTConfig
+from bark_fast.engine import kv_pool
 from bark_fast.engine.kv_pool import MAX_PAGED_QUERIES, PAGE_SIZE, KVPool
 from bark_fast.errors import OutOfPages
+from bark_fast.ops import paged_kv
+from bark_fast.ops.dispatch import prefer
 
 CONFIG = GPTConfig(n_layer=2, n_head=3, n_embd=96, input_vocab_size=8, output_vocab_size=8)
 CPU = torch.device("cpu")
 
 
-def poisoned(num_pages=64, dtype=torch.float32):
+def poisoned(num_pages=64, device=CPU):
     """A pool whose pages hold NaN until they are written."""
-    pool = KVPool(CONFIG, CPU, dtype, num_pages)
+    pool = KVPool(CONFIG, device, torch.float32, num_pages)
     for pages in (*pool.keys, *pool.values):
         pages.fill_(torch.nan)
     return pool
@@ -49,7 +54,7 @@ def feed(pool, sequences, counts, generator):
     batch = pool.reserve([s.handle for s in sequences], counts)
     for layer in range(CONFIG.n_layer):
         qkv = torch.randn(sum(counts), 288, generator=generator)
-        got = pool.attend(batch, layer, qkv)
+        got = pool.attend(batch, layer, qkv.to(pool.keys[0].device)).cpu()
         assert torch.isfinite(got).all()
         for seq, rows, out in zip(sequences, qkv.split(counts), got.split(counts), strict=True):
             assert (out - attention(seq.past[layer], rows)).abs().max() < 1e-5
@@ -58,8 +63,41 @@ def feed(pool, sequences, counts, generator):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_schedules_of_prefill_decode_fork_and_truncate(seed):
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    random_schedule(seed, poisoned(256))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_plain_torch_on_a_gpu_reads_no_tables(seed, monkeypatch):
+    """Its checks of tables would have the host wait in each layer."""
     pool = poisoned(256)
+    monkeypatch.setattr(paged_kv, "run_in_torch", lambda pages: True)
+    for name in ("append_attention", "append_kv", "gather_kv"):  # which check
+        monkeypatch.setattr(paged_kv, name, None)
+    pool.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(kv_pool, "sent", lambda tensor, device: tensor)
+    random_schedule(seed, pool)
+
+
+@pytest.mark.gpu
+def test_plain_torch_does_not_wait_for_the_gpu():
+    generator = torch.Generator().manual_seed(0)
+    pool = poisoned(device=torch.device("cuda"))
+    with prefer("torch"):
+        sequences = [Fed(pool) for _ in range(3)]
+        for counts in ([20, 9, 40], [1, 1, 1], [1, 3, 30]):
+            feed(pool, sequences, counts, generator)
+        batch = pool.reserve([one.handle for one in sequences], [1, 1, 1])
+        qkv = torch.randn(3, 288, device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            pool.attend(batch, 0, qkv)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def random_schedule(seed, pool):
+    """Prefills, steps, forks and truncations, each compared with fp64; nothing is held in the end."""
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     sequences = [Fed(pool) for _ in range(4)]
     for _ in range(25):
         short = [int(n) for n in rng.integers(1, MAX_PAGED_QUERIES + 1, len(sequences))]

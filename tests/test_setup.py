@@ -110,7 +110,7 @@ def test_without_nvcc_there_is_no_cuda_part_and_a_reason(script, tmp_path, monke
     ("says", "reason"),
     [
         ("exit 3", "does not run"),
-        ("echo sm_50 sm_52", "compiles for none of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
+        ("echo sm_50 sm_52", "compiles for none of sm_75, sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
     ],
 )
 def test_an_nvcc_that_is_of_no_use_is_named(script, tmp_path, monkeypatch, says, reason):
@@ -124,7 +124,7 @@ def test_an_nvcc_that_is_of_no_use_is_named(script, tmp_path, monkeypatch, says,
     ("wanted", "archs"), [("1", (80, 86, 90)), ("", (80, 86, 90)), ("90 86", (86, 90)), ("90 120", (90,))]
 )
 def test_architectures_are_those_wanted_and_known(script, tmp_path, monkeypatch, wanted, archs):
-    program = nvcc(tmp_path, "echo sm_75 sm_80 sm_86 sm_90")
+    program = nvcc(tmp_path, "echo sm_60 sm_80 sm_86 sm_90")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("BARK_FAST_CUDA", wanted)
     found = script.find_cuda()

@@ -13,7 +13,7 @@ from torch import Tensor
 from bark_fast.config import GPTConfig
 from bark_fast.engine.page_pool import make_pool
 from bark_fast.engine.transfers import sent
-from bark_fast.ops import paged_kv
+from bark_fast.ops import paged_kv, paged_kv_reference
 from bark_fast.ops.attention import attention
 from bark_fast.ops.decode_layers import PagedRows
 from bark_fast.ops.dispatch import uses_triton
@@ -114,6 +114,10 @@ class KVPool:
         """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""
         heads, head_dim = self.config.n_head, self.config.head_dim
         keys, values = self.keys[layer], self.values[layer]
+        if self.device.type == "cuda" and batch.totals and paged_kv.run_in_torch(keys):
+            paged_kv_reference.store(qkv, keys, values, batch.slots)
+            tables = batch.block_tables, batch.lengths
+            return paged_kv_reference.attend(qkv, keys, values, *tables, batch.counts, batch.totals)
         out = qkv.new_empty(len(qkv), heads * head_dim)
         row = sum(batch.counts[: batch.paged])
         if batch.paged:
@@ -123,7 +127,7 @@ class KVPool:
             )  # fmt: skip
         if batch.paged == len(batch.counts):
             return out
-        if uses_triton(qkv, head_dim):
+        if uses_triton(qkv, head_dim, multiplies=True):
             longest = max(batch.counts[batch.paged :])
             paged_prefill(
                 qkv[row:], keys, values, batch.block_tables[batch.paged :], batch.lengths[batch.paged :],

@@ -55,7 +55,7 @@ def attention(
     """
     _check(query, key, value, causal, key_mask, lengths, scale, out)
     natural = query.shape[-1] ** -0.5 if scale is None else scale
-    if is_eager(query) and not uses_triton(query, query.shape[3]):
+    if is_eager(query) and not uses_triton(query, query.shape[3], multiplies=True):
         seen = _by_extension(query, key, value, causal, key_mask, lengths, natural, out)
         if seen is not None:
             return seen
@@ -153,7 +153,7 @@ def _attention(
     scale: float,
     out: Tensor,
 ) -> None:
-    if not uses_triton(query, query.shape[3]):
+    if not uses_triton(query, query.shape[3], multiplies=True):
         if _by_extension(query, key, value, causal, key_mask, lengths, scale, out) is None:
             out.copy_(reference(query, key, value, causal, key_mask, lengths, scale))
         return

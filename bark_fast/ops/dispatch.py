@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bark_fast.errors import InvalidInput
+from bark_fast.ops.gpus import is_from_ampere_on, triton_fault
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -28,7 +28,7 @@ _preferred: ContextVar[Backend] = ContextVar("preferred_backend", default="auto"
 def prefer(backend: Backend) -> Iterator[None]:
     """Run operations on `backend` in this thread or task: for comparisons, tests and bug hunts.
 
-    "auto", the default, is Triton for tensors on a CUDA GPU where triton is installed, and torch elsewhere.
+    "auto", the default, is Triton for tensors on a CUDA GPU that it runs on, and torch elsewhere.
     """
     if backend not in get_args(Backend):
         raise InvalidInput(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}")
@@ -44,18 +44,18 @@ def preferred() -> Backend:
     return _preferred.get()
 
 
-def uses_triton(tensor: Tensor, head_dim: int | None = None) -> bool:
-    """Whether an operation on `tensor`, with heads of this size if it has any, runs Triton kernels."""
-    preferred = _preferred.get()
-    if preferred == "auto":
-        return tensor.is_cuda and has_triton() and (head_dim is None or head_dim in HEAD_DIMS)
-    return preferred == "triton"
+def uses_triton(tensor: Tensor, head_dim: int | None = None, multiplies: bool = False) -> bool:
+    """Whether an operation on `tensor` runs Triton kernels.
 
-
-@cache
-def has_triton() -> bool:
-    """Whether triton is installed."""
-    return find_spec("triton") is not None
+    head_dim: of its heads, if it has any. multiplies: it multiplies matrices, which is worth it on tensor cores
+    only.
+    """
+    if _preferred.get() != "auto":
+        return _preferred.get() == "triton"
+    if not tensor.is_cuda or (head_dim is not None and head_dim not in HEAD_DIMS):
+        return False
+    gpu = tensor.device.index
+    return not triton_fault(gpu, tensor.dtype) and (not multiplies or is_from_ampere_on(gpu))
 
 
 def is_eager(tensor: Tensor) -> bool:

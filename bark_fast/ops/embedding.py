@@ -56,7 +56,7 @@ def _embed(ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor, extra
 
 
 def _embed_codes(codes: Tensor, tables: list[Tensor], places: Tensor) -> Tensor:
-    if uses_triton(codes):
+    if uses_triton(places):
         from bark_fast.kernels import embedding as kernels
 
         summed: Tensor = kernels.embed_codes(codes, tables, places)

@@ -186,6 +186,11 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
         torch.ops.bark_fast.swap_pages(source, destination, pairs)
 
 
+def run_in_torch(pages: Tensor) -> bool:
+    """Whether operations on these pages run in plain torch, which has to read tables that lie on a GPU."""
+    return _extension(pages) is None and not uses_triton(pages, pages.shape[-1])
+
+
 def _extension(pages: Tensor) -> ModuleType | None:
     if preferred() != "auto" or pages.device.type not in ("cpu", "cuda") or pages.shape[-1] not in HEAD_DIMS:
         return None

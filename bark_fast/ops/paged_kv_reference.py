@@ -39,14 +39,20 @@ def check_append(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -
 
 def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """See `paged_kv.append_kv`."""
-    num_pages, n_head, page_size, head_dim = k_pages.shape
+    num_pages, _, page_size, _ = k_pages.shape
     check_append(qkv, k_pages, v_pages, slots)
     check_values("slots", slots, -1, num_pages * page_size)
     rows = (slots >= 0).nonzero()[:, 0]
-    page, offset = slots[rows] // page_size, slots[rows] % page_size
+    store(qkv[rows], k_pages, v_pages, slots[rows])
+
+
+def store(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """`append_kv` of slots known to be in range, on a GPU without a look at them."""
+    _, n_head, page_size, head_dim = k_pages.shape
+    page, offset = slots // page_size, slots % page_size
     _, key, value = qkv.view(len(qkv), 3, n_head, head_dim).unbind(1)
-    k_pages[page, :, offset] = key[rows]
-    v_pages[page, :, offset] = value[rows]
+    k_pages[page, :, offset] = key
+    v_pages[page, :, offset] = value
 
 
 def gathered(pages: Tensor, table: Tensor, length: int) -> Tensor:
@@ -119,6 +125,35 @@ def queries(qkv: Tensor, k_pages: Tensor) -> Tensor:
     """q of the packed projection: (rows, n_head, head_dim), strided."""
     _, n_head, _, head_dim = k_pages.shape
     return qkv[:, : n_head * head_dim].view(len(qkv), n_head, head_dim)
+
+
+def attend(
+    qkv: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, counts: list[int],
+    totals: list[int],
+) -> Tensor:  # fmt: skip
+    """`paged_attention` of rows whose keys are stored, by tables known to be in range: on a GPU without a look.
+
+    qkv: (rows, 3 * n_head * head_dim). counts: new rows of each sequence, at least one. totals: `lengths` once
+    more, for the host. Returns (rows, n_head * head_dim).
+    """
+    num_pages, n_head, page_size, head_dim = k_pages.shape
+    query = queries(qkv, k_pages)
+    if len(counts) > 1 and max(counts) == 1:
+        columns = -(-max(totals) // page_size)
+        used = (
+            block_table[:, :columns].long().clamp(0, num_pages - 1)
+        )  # past a sequence's end there is anything
+        key, value = (
+            pages[used].transpose(1, 2).reshape(len(counts), n_head, columns * page_size, head_dim)
+            for pages in (k_pages, v_pages)
+        )
+        return attention.reference(query[:, :, None], key, value, False, lengths=lengths).flatten(1)
+    parts = []
+    for rows, table, total in zip(torch.split(query, counts), block_table, totals, strict=True):
+        key, value = (gathered(pages, table, total)[None] for pages in (k_pages, v_pages))
+        seen = attention.reference(rows.transpose(0, 1)[None], key, value, causal=True)
+        parts.append(seen[0].transpose(0, 1).flatten(1))
+    return torch.cat(parts)
 
 
 def append_attention(

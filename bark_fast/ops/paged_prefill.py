@@ -72,7 +72,7 @@ def _paged_prefill(
         raise ValueError(f"scale is {scale}; expected a positive value")
     if max_queries < 0 or (len(qkv) and not max_queries):
         raise ValueError(f"max_queries is {max_queries}; expected the rows of the longest sequence")
-    if uses_triton(k_pages, head_dim):
+    if uses_triton(k_pages, head_dim, multiplies=True):
         from bark_fast.kernels import paged_prefill as kernels
 
         kernels.paged_prefill(

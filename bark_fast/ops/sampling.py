@@ -169,7 +169,7 @@ def _head_sample(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, head: Tensor, integers: Tensor, numbers: Tensor,
     places: Tensor | None, noise: Tensor | None, tokens: Tensor, flag: Tensor, window: int,
 ) -> None:  # fmt: skip
-    if uses_triton(x):
+    if uses_triton(x, multiplies=len(x) > 1):
         from bark_fast.kernels import head_sampling as kernels
 
         kernels.head_sample(

@@ -84,7 +84,7 @@ class Decoder:
         self.stage: Stage = stage
         self.bound, self.rows = bound, rows
         gpt = bound.model
-        self.runner: EagerRunner = runner_kind(bound.device)(
+        self.runner: EagerRunner = runner_kind(bound.device, bound.dtype)(
             semantic=gpt if stage == "semantic" else None,
             coarse=gpt if stage == "coarse" else None,
             fine=None,

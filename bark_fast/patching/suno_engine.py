@@ -37,7 +37,7 @@ class Held:
         self.bound, self.theirs = bound, theirs
         gpt = bound.model
         self.config: GPTConfig = gpt.config
-        self.runner = runner_kind(bound.device)(
+        self.runner = runner_kind(bound.device, bound.dtype)(
             semantic=gpt if key == "text" else None,
             coarse=gpt if key == "coarse" else None,
             fine=gpt if key == "fine" else None,

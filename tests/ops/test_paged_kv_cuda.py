@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "paged_kv.cu"
-ARCHS = (80, 86, 89, 90, 100, 120)
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 needs_source = pytest.mark.skipif(not SOURCE.exists(), reason="an installed package has no sources")

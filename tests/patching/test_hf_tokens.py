@@ -116,7 +116,7 @@ def test_min_eos_p(peer, name):
 @pytest.mark.usefixtures("no_decline")
 def test_bursts_draw_the_same(peer, monkeypatch, options):
     """The runner of GPUs draws noise ahead of knowing where rows end, and takes back what is not used."""
-    monkeypatch.setattr(decoding, "runner_kind", lambda _: GraphRunner)
+    monkeypatch.setattr(decoding, "runner_kind", lambda *_: GraphRunner)
     with torch.no_grad():
         peer.model.semantic.lm_head.weight[10_000] *= 8
 
