@@ -4,7 +4,7 @@ python benchmarks/compiled.py --arch 90 [--family attention]. Launchers are call
 kernels, constants and options are those a real call would use; Triton compiles them down to machine code and
 nothing is launched. Registers, spills, shared memory and instructions are read off the cubin.
 
-That takes an hour of one core. A kernel's key is of its source, its constants, its options and the types
+That takes half an hour of one core. A kernel's key is of its source, its constants, its options and the types
 of its arguments. What has the key of a row of the table under results/ would be compiled to what is said
 there, by the same version of Triton: --sample N takes the table's word but for each N-th such key.
 """
@@ -175,16 +175,22 @@ def _output(content: bytes, *command: str | Path) -> str:
 def set_offline(arch: int) -> None:
     """Let Triton compile for a GPU of this compute capability, there or not."""
     from triton.backends.compiler import GPUTarget
+
+    pretend(GPUTarget("cuda", arch, 32))
+
+
+def pretend(target: Any) -> None:
+    """Let Triton compile for this target of its, there or not."""
     from triton.runtime import driver
 
     class Offline:
         """A driver that knows its target and has no device behind it."""
 
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", arch, 32)
+        def get_current_target(self) -> Any:
+            return target
 
-        def get_current_device(self) -> int:
-            return arch  # a device each: Triton keeps what it compiled by device
+        def get_current_device(self) -> Any:
+            return target.arch  # a device each: Triton keeps what it compiled by device
 
         def get_current_stream(self, device: int = 0) -> int:
             return 0

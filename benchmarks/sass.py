@@ -19,13 +19,17 @@ _REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 def loops(code: str) -> list[list[str]]:
-    """The instructions of each innermost loop: from the target of a branch backwards to the branch."""
+    """The instructions of each innermost loop: from the target of a branch backwards to the branch.
+
+    A branch back from behind the kernel's end is none: pieces that seldom run lie there.
+    """
     lines = code.splitlines()
     spans = []
     for end, line in enumerate(lines):
         branch = _BRANCH.search(line)
         begin = int(branch[1], 16) // INSTRUCTION_BYTES if branch else len(lines)
-        if begin < end:  # a kernel ends in a branch to itself
+        # a kernel ends in a branch to itself
+        if begin < end and not any(each.startswith("EXIT") for each in lines[begin:end]):
             spans.append((begin, end + 1))
     innermost = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [lines[begin:end] for begin, end in innermost]

@@ -197,7 +197,8 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
         block_m = max(16, triton.next_power_of_2(rows))
         narrow = n <= 1024
         block_n, block_k = (16 if narrow and rows <= 16 else 32), (64 if narrow and k <= 1024 else 128)
-        warps, stages = block_n // 8, 4
+        warps = block_n // 8
+        stages = 4 if 6 * (block_m + block_n) * block_k <= target.shared_memory else 3  # one is in registers
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, block_n)

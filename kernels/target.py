@@ -78,10 +78,11 @@ def registers(most: int) -> dict[str, int]:
 def precision(dtype: torch.dtype) -> str:
     """How tensor-core kernels multiply: fp32 as fp32, or as TF32 where torch is told to, for its own products.
 
-    That is `torch.backends.cuda.matmul.fp32_precision`, or its older names; by default it is not.
+    That is `torch.backends.cuda.matmul.fp32_precision`, or its older names; by default it is not. Triton does
+    not have it on all of AMD's GPUs: they keep to fp32.
     """
     asked = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if asked else "ieee"
+    return "tf32" if asked and torch.version.hip is None else "ieee"
 
 
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

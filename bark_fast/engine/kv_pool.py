@@ -114,7 +114,7 @@ class KVPool:
         """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""
         heads, head_dim = self.config.n_head, self.config.head_dim
         keys, values = self.keys[layer], self.values[layer]
-        if self.device.type == "cuda" and batch.totals and paged_kv.run_in_torch(keys):
+        if self.device.type != "cpu" and batch.totals and paged_kv.run_in_torch(keys):
             paged_kv_reference.store(qkv, keys, values, batch.slots)
             tables = batch.block_tables, batch.lengths
             return paged_kv_reference.attend(qkv, keys, values, *tables, batch.counts, batch.totals)
