@@ -48,6 +48,7 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: 
         warps = max(4, head_dim // 16)  # 32 queries each where they fit: mma.sync reads operands warp by warp
         return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, warps, 3)
     if target.arch < 100:
+        # two steps of K and V wait in shared memory; AMD's chips, whose numbers are such ones, have 64 KB
         stages = 3 if 4 * head_dim * 64 * 2 < target.shared_memory else 2
         return Blocks(64, 64, 4, stages) if few else Blocks(128, 64, 8, stages)
     # tcgen05 leaves a row of scores with one thread of four warps: no reduction between threads

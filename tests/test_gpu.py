@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bark_fast import Bark, SamplingParams
+from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.noise import PhiloxNoise, philox4x32
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,14 @@ def test_greedy_tokens_equal_those_of_the_cpu(suno_bark, gpu_bark):
     options = {"semantic": greedy, "coarse": greedy, "fine": greedy, "max_seconds": 1.0}
     cpu, gpu = (b.generate("Hello there.", **options) for b in (suno_bark, gpu_bark))
     assert np.array_equal(cpu.tokens.fine, gpu.tokens.fine)
+
+
+def test_without_triton_tokens_are_the_same(suno_bark, tiny_suno_dir):
+    with prefer("torch"):
+        plain = Bark.from_pretrained(tiny_suno_dir, device="cuda", dtype="float32")
+        texts = ["Hello there.", "And more."]
+        cpu, gpu = (bark.generate(texts, seed=[0, 1], max_seconds=1.0) for bark in (suno_bark, plain))
+    assert all(np.array_equal(a.tokens.fine, b.tokens.fine) for a, b in zip(cpu, gpu, strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

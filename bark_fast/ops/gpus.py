@@ -32,7 +32,7 @@ def is_from_ampere_on(gpu: int) -> bool:
 def triton_fault(gpu: int, dtype: torch.dtype = torch.float32) -> str:
     """What keeps kernels that compute in `dtype` from running on this GPU; empty when nothing does."""
     if not has_triton():
-        return "triton is not installed"
+        return "triton is not installed: install it"
     capability = _capability(gpu)
     if capability < LEAST:
         return f"compute capability {_dotted(capability)} is too old: Triton's kernels want {_dotted(LEAST)}"
