@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
+from bark_fast.kernels.tf32 import for_product
 
 HEAD_DIMS = (32, 64, 128)
 LOG2_E: float = 1.4426950408889634
@@ -65,14 +66,15 @@ def wide(x):
 def join_values(weights, keep, v, total, acc, PRECISION: tl.constexpr):
     """Rescale the running sum and output by `keep` and add a step's weights and weighted values."""
     total = total * keep + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * keep[:, None], input_precision=PRECISION)
+    weights, v = for_product(weights.to(v.dtype), PRECISION), for_product(v, PRECISION)
+    acc = tl.dot(weights, v, acc * keep[:, None], input_precision=PRECISION)
     return total, acc
 
 
 @triton.jit
 def open_step(q, k, v, scale, maximum, total, acc, PRECISION: tl.constexpr):
-    """A step all of whose keys every query sees. scale: of scores, with log2(e), positive."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    """A step all of whose keys every query sees. q: `for_product`. scale: of scores, with log2(e), positive."""
+    scores = tl.dot(q, tl.trans(for_product(k, PRECISION)), input_precision=PRECISION)
     highest = tl.maximum(maximum, tl.max(scores, 1) * scale)
     weights = tl.exp2(scores * scale - highest[:, None])  # one fused multiply-add before the exponential
     total, acc = join_values(weights, tl.exp2(maximum - highest), v, total, acc, PRECISION)
@@ -82,7 +84,7 @@ def open_step(q, k, v, scale, maximum, total, acc, PRECISION: tl.constexpr):
 @triton.jit
 def masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION: tl.constexpr):
     """A step of which each query sees the keys in `seen`, perhaps none."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(for_product(k, PRECISION)), input_precision=PRECISION) * scale
     scores = tl.where(seen, scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(highest == float("-inf"), 0.0, highest)  # no key so far: exp2(-inf - 0) is 0, not NaN
@@ -135,6 +137,7 @@ def _attention_kernel(
 
     inside = (rows < time)[:, None]
     q = tl.load(query + rows.to(tl.int64)[:, None] * q_time + dims[None, :], inside, 0.0)
+    q = for_product(q, PRECISION)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
@@ -180,7 +183,12 @@ def attention(
     # gets should be as short as its first is long. A larger grid evens out if long programs come first.
     fits = pairs * blocks_m <= 2 * target.processors
     turn = min(blocks_m, max(1, target.processors // pairs)) if fits else blocks_m
-    wide_fp32 = head_dim == 128 and query.dtype == torch.float32
+    multiplied = precision(query.dtype)
+    # not told so, ptxas spills in these to fit one program more onto a processor (SASS of triton 3.9)
+    roomy = (
+        (head_dim == 128 and query.dtype == torch.float32) or multiplied == "tf32"
+        or (head_dim == 32 and key_mask is not None)
+    )  # fmt: skip
     mask, ends = query if key_mask is None else key_mask, query if lengths is None else lengths
     _attention_kernel[(blocks_m * pairs,)](
         query, key, value, out, mask, ends,
@@ -188,8 +196,6 @@ def attention(
         mask.stride(0), mask.stride(1), ends.stride(0),
         heads, time, keys, turn, scale * LOG2_E,
         CAUSAL=causal, HAS_MASK=key_mask is not None, HAS_LENGTHS=lengths is not None,
-        HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys, PRECISION=precision(query.dtype),
-        num_warps=entry.warps, num_stages=entry.stages,
-        # not told so, ptxas spills with a mask to fit one program more onto a processor (SASS of triton 3.9)
-        **(registers(255) if wide_fp32 or (head_dim == 32 and key_mask is not None) else {}), **COMPILE,
+        HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys, PRECISION=multiplied,
+        num_warps=entry.warps, num_stages=entry.stages, **(registers(255) if roomy else {}), **COMPILE,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
 from bark_fast.kernels.target import COMPILE, Target, precision, registers, target_of
+from bark_fast.kernels.tf32 import for_product
 
 MAX_NORM_ROWS = 16
 MAX_NORM_BYTES = 512
@@ -133,6 +134,7 @@ def _matmul_kernel(
             values = y.to(w.dtype)
             # a step ahead; the compiler fetches the weight ahead, but not elements as small as these
             gain, shift = _gains(norm_weight, norm_bias, columns + BLOCK_K, k, HAS_NORM_BIAS)
+        values, w = for_product(values, PRECISION), for_product(w, PRECISION)
         sums = tl.dot(values, tl.trans(w), sums, input_precision=PRECISION)
     if SPLITS == 1:
         _finish(

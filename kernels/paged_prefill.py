@@ -17,6 +17,7 @@ from torch import Tensor
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
 from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
+from bark_fast.kernels.tf32 import for_product
 
 
 def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, pairs: int) -> Blocks:
@@ -59,7 +60,7 @@ def _prefill_kernel(
     row = start.to(tl.int64) + index
     qkv += head * HEAD_DIM
     own = qkv + row[:, None] * qkv_row + dims[None, :]
-    q = tl.load(own, inside[:, None], 0.0)
+    q = for_product(tl.load(own, inside[:, None], 0.0), PRECISION)
 
     home, stored = slot_places(
         tl.load(slots + row * slot_stride, inside, -1), num_pages, n_head, head, PAGE_SIZE, HEAD_DIM

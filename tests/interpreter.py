@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def narrow(values: Bits) -> Bits:
 
 
 def mend() -> None:
-    """Replace the interpreter's matrix product, its cast to bfloat16 and its fma of float32."""
+    """Replace the interpreter's matrix product, its cast to bfloat16 and its fma of float32; give it TF32."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -71,6 +71,17 @@ def mend() -> None:
         exact = x.data.astype(np.float64) * y.data + z.data
         return TensorHandle(exact.astype(np.float32), tl.float32)
 
+    def create_inline_asm(self: Any, asm: str, constraints: str, values: Any, types: Any, *rest: Any) -> Any:
+        if not asm.startswith("cvt.rna.tf32.f32 "):
+            return inline_asm(self, asm, constraints, values, types, *rest)
+        (source,) = values
+        bits = np.ascontiguousarray(source.data).view(np.uint32)
+        rounded = ((bits + 0x1000) & 0xFFFFE000).view(np.float32)
+        result = TensorHandle(np.where(np.isnan(source.data), source.data, rounded), tl.float32)
+        return SimpleNamespace(get_result=lambda index: result)
+
+    inline_asm = InterpreterBuilder.create_inline_asm
+    InterpreterBuilder.create_inline_asm = create_inline_asm
     InterpreterBuilder.create_fma = create_fma
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.cast_impl = cast_impl

@@ -83,6 +83,51 @@ def test_every_product_obeys(product: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert seen and set(seen) == {"TF32"}
 
 
+def rounded(x: Tensor) -> Tensor:
+    """x to 10 bits of mantissa, to the nearest, in fp64."""
+    return ((x.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32).double()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU nothing is interpreted")
+@pytest.mark.parametrize("asked", [True, False])
+def test_operands_are_rounded_where_tensor_cores_would_cut_them_off(asked: bool) -> None:
+    """The interpreter multiplies in fp32 whatever is asked for: what it shows of TF32 is the operands."""
+    MATMUL.allow_tf32 = asked
+    random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    x, weight, residual = random(20, 64), random(48, 64), random(20, 48)
+    x[3, 5] = torch.nan
+    operands = random(3, 1, 2, 40, 32).unbind(0)
+    as_multiplied = rounded if asked else Tensor.double
+    with prefer("triton"):
+        product = norm_linear.planned(TILE, x, None, weight, None, residual, False)
+        attended = attention(*operands, causal=False)
+        for index in range(3):
+            less = [rounded(one).float() if place == index else one for place, one in enumerate(operands)]
+            assert attention(*less, causal=False).equal(attended) == asked
+        MATMUL.allow_tf32 = False
+        weights_too = attention(*(rounded(one).float() for one in operands), causal=False)
+    exact = as_multiplied(x) @ as_multiplied(weight).T + residual.double()
+    assert torch.allclose(product.double(), exact, rtol=0, atol=1e-5, equal_nan=True)
+    assert 1e-6 < (attended - weights_too).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="beside a GPU nothing is interpreted")
+def test_so_are_those_of_prompts_over_pages() -> None:
+    MATMUL.allow_tf32 = True
+    batch = make_batch([20, 60], [20, 3], n_head=2)
+    _, slots = batch.split_off_new()
+    tables = batch.block_table, batch.lengths, batch.query_starts
+    with prefer("triton"):
+        seen = [
+            paged_prefill(qkv, k_pages, v_pages, *tables, slots, batch.out())
+            for qkv, k_pages, v_pages in (
+                (batch.qkv, batch.k_pages.clone(), batch.v_pages.clone()),
+                [rounded(one).float() for one in (batch.qkv, batch.k_pages, batch.v_pages)],
+            )
+        ]
+    assert seen[0].equal(seen[1])
+
+
 @pytest.mark.gpu
 def test_gpu_errs_as_torchs_products_do() -> None:
     generator = torch.Generator("cuda").manual_seed(0)
