@@ -337,7 +337,6 @@ class Bark:
         long_form: bool = False,
     ) -> Utterance[list[Speech]]:
         """One text among others, checked and ready to be spoken."""
-        (checked,) = checked_texts([text])
         check_rng(rng)
         seeds = check_seeds([seed], 1) if seed is not None else None
         if rng == "torch" and seeds is None:
@@ -346,7 +345,7 @@ class Bark:
                 "together cannot; give a seed, or use generate"
             )
         options = self._options(semantic, coarse, fine, max_seconds, rng)
-        chunks = self._chunks(checked, long_form)
+        chunks = self._chunks(text, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
         return Utterance(_long_form(chunks, history, options), noise)

@@ -61,6 +61,19 @@ def test_an_error_says_which_text_of_a_list_it_is_about(thrifty):
         thrifty.generate(["One.", "Two.", ""])
     with pytest.raises(InvalidInput, match=r"^text is ''"):
         thrifty.generate("")
+    for texts in (["One.", 3], ("One.", ["Two."])):
+        kind = type(texts[1]).__name__
+        with pytest.raises(InvalidInput, match=rf"^text\[1\]: text is a {kind}; it must be a str"):
+            thrifty.generate(texts, long_form=isinstance(texts, tuple))
+
+
+@pytest.mark.parametrize("text", [3, ["One."], None])
+def test_one_text_that_is_no_string_is_told_by_its_own_type(suno_bark, text):
+    named = rf"text is a {type(text).__name__}; it must be a str"
+    with pytest.raises(InvalidInput, match=f"^request 0: {named}"):
+        list(suno_bark.stream_results([text]))
+    with pytest.raises(InvalidInput, match=f"^{named}"):
+        asyncio.run(suno_bark.agenerate(text))
 
 
 def test_a_text_of_a_list_lets_go_of_its_noise_when_it_ends(thrifty, monkeypatch):
