@@ -183,6 +183,8 @@ class Bark:
         """
         texts = [text] if isinstance(text, str) else checked_texts(text)
         check_rng(rng)
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise InvalidInput(f"progress is {progress!r}; pass True for a bar, a function, or False")
         if n is not None:
             texts, seed = samples_of(texts, n, seed)
         seeds = check_seeds(seed, len(texts))

@@ -254,6 +254,8 @@ BAD_OPTIONS = [
     ({"coarse": SamplingParams(min_eos_p=0.5)}, "coarse.min_eos_p is 0.5"),
     ({"fine": SamplingParams(top_p=0.5)}, "fine.top_p is 0.5"),
     ({"voice": 3}, "voice"),
+    ({"progress": "bar"}, "progress is 'bar'; pass True for a bar, a function, or False"),
+    ({"progress": 1}, "progress is 1"),
     ({"voice": "no such voice"}, "no such voice"),
 ]
 
