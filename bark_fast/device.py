@@ -27,6 +27,8 @@ def pick_device(device: str | int | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
+        if chosen.type == "meta":
+            raise TypeError("it holds no values")
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"device {device!r} cannot be used ({reason}); try 'cpu' or 'auto'") from None

@@ -38,6 +38,11 @@ def load_models(
     revision: str | None = None,
 ) -> Checkpoint:
     """Load the models named in `devices` there, the others on `device`; all on the host to be offloaded."""
+    if devices is not None and not isinstance(devices, Mapping):
+        raise InvalidInput(
+            f"devices is {devices!r}; give a dict from {', '.join(MODELS)} to a device, or replicas for copies "
+            f"of the whole model"
+        )
     named = dict(devices or {})
     if unknown := named.keys() - set(MODELS):
         raise InvalidInput(

@@ -106,7 +106,10 @@ class TestPlacement:
         ("options", "message"),
         [
             ({"devices": {"text": "cpu"}}, "devices has 'text'; choose from semantic"),
+            ({"devices": ["cuda:0"]}, r"devices is \['cuda:0'\]; give a dict from semantic"),
+            ({"devices": "cpu"}, "devices is 'cpu'; give a dict"),
             ({"devices": {"fine": "cuda:99"}}, "device 'cuda:99'"),
+            ({"devices": {"fine": "meta"}}, r"device 'meta' cannot be used \(it holds no values\); try 'cpu'"),
             ({"devices": {"semantic": 99}}, r"device 99 cannot be used \((?!Invalid device string)"),
             ({"devices": {"fine": "cpu"}, "offload": True}, "leave devices out, or offload"),
         ],

@@ -15,6 +15,7 @@ import torch
 from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken_alone, tokens_of
 
 from bark_fast import Bark, InvalidInput
+from bark_fast.device import pick_replicas
 from bark_fast.engine.replicas import Replicas
 from bark_fast.engine.scheduler import Limits, Scheduler, Utterance
 from bark_fast.engine.worker import Worker
@@ -405,7 +406,7 @@ class TestBark:
             ({"replicas": 0}, "replicas is 0; as a number it counts GPUs"),
             ({"replicas": 99}, "replicas is 99; as a number it counts GPUs, of which"),
             ({"replicas": ["cpu", "cuda:99"]}, "device 'cuda:99' cannot be used"),
-            ({"replicas": ["cpu", "meta"]}, "replicas are on cpu and meta"),
+            ({"replicas": ["cpu", "meta"]}, r"device 'meta' cannot be used \(it holds no values\)"),
             ({"replicas": ["cpu"], "offload": True}, "leave device, devices and offload out"),
             ({"replicas": ["cpu"], "devices": {"fine": "cpu"}}, "leave device, devices and offload out"),
             ({"replicas": ["cpu"], "device": "cpu"}, "leave device, devices and offload out"),
@@ -414,6 +415,11 @@ class TestBark:
     def test_what_makes_no_sense_is_refused(self, tiny_suno_dir, options, message):
         with pytest.raises(InvalidInput, match=message):
             Bark.from_pretrained(tiny_suno_dir, **options)
+
+    def test_replicas_are_on_devices_of_one_kind(self, monkeypatch):
+        monkeypatch.setattr("bark_fast.device.pick_device", torch.device)  # meta for what is not here
+        with pytest.raises(InvalidInput, match="replicas are on cpu and meta"):
+            pick_replicas(["cpu", "meta"])
 
     @pytest.mark.gpu
     def test_two_on_gpus_say_the_same(self, tiny_suno_dir, alone):
