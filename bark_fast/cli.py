@@ -230,7 +230,13 @@ def _noise_checkpoint(quiet: bool) -> Path:
     """A tiny random checkpoint in the user's cache, made when it is not there yet."""
     from bark_fast.random_checkpoint import make_checkpoint
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bark_fast"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bark_fast"
+    except RuntimeError:
+        raise OutputError(
+            "there is no home to keep random weights in; set XDG_CACHE_HOME to a writable folder, or give "
+            "--model"
+        ) from None
     folder = cache / f"random-tiny-{__version__}"
     if not folder.exists():
         try:

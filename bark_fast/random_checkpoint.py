@@ -60,7 +60,12 @@ def write_checkpoint(
         raise InvalidInput(f"format is {format!r}; choose one of {', '.join(get_args(Format))}")
     if not is_whole(seed):
         raise InvalidInput(f"seed is {seed!r}; it must be an integer")
-    target = Path(folder).expanduser()
+    try:
+        target = Path(folder).expanduser()
+    except RuntimeError:
+        raise OutputError(
+            f"{folder} cannot be written (there is no such home); name a folder you may write to"
+        ) from None
     with _atomically(target) as work, _progress(config, progress) as report:
         if format == "suno":
             _write_suno(work, config, seed, report, large)

@@ -19,6 +19,7 @@ import pytest
 from bark_fast import extension
 from bark_fast.cli import main
 from bark_fast.engine.capture import Capture
+from bark_fast.errors import HubUnreachable
 from bark_fast.pipeline import Bark
 from bark_fast.voices import VoiceLibrary, load_voice
 
@@ -90,6 +91,10 @@ def say(run, tiny_suno_dir):
 def say_here(run_here, tiny_suno_dir):
     """`say` in this process."""
     return of_tiny_model(run_here, tiny_suno_dir)
+
+
+def unreachable(*arguments):
+    raise HubUnreachable("the hub cannot be reached")
 
 
 def assert_one_line_error(done, *words):
@@ -289,6 +294,16 @@ class TestOtherCommands:
         (run_here.folder / "model" / "file").write_text("mine")
         assert_one_line_error(run_here("make-checkpoint", "model", "-q"), "model")
         assert [p.name for p in (run_here.folder / "model").iterdir()] == ["file"]
+
+    def test_there_may_be_no_home(self, run_here, monkeypatch):
+        """As for a user of a container that has no entry in its passwd."""
+        assert_one_line_error(run_here("make-checkpoint", "~no-such-user/x", "-q"), "~no-such-user/x cannot")
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+        assert_one_line_error(run_here("say", "Hi.", "-q", "-m", "suno"), "suno's bark, does not exist")
+        monkeypatch.setattr("bark_fast.checkpoint.hub.fetch_repo", unreachable)
+        assert_one_line_error(run_here("say", "Hi.", "-q"), "there is no home", "XDG_CACHE_HOME")
 
     def test_help_and_version(self, run_here):
         assert "say" in run_here("--help").stdout

@@ -25,7 +25,8 @@ SMALL_FILES: dict[ModelName, str] = {"semantic": "text.pt", "coarse": "coarse.pt
 
 def cache_folder() -> Path:
     """Where suno's `bark` keeps its downloads: $XDG_CACHE_HOME/suno/bark_v0, by default under ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Path.expanduser raises where there is no home; this leaves the ~
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
     return Path(base) / "suno" / "bark_v0"
 
 
