@@ -212,7 +212,7 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
     started = time.perf_counter()
     options = options | {"progress": not quiet}
     try:
-        bark = Bark.from_pretrained(model or DEFAULT_MODEL, **options)
+        bark = Bark.from_pretrained(DEFAULT_MODEL if model is None else model, **options)
     except HubUnreachable as error:
         if model is not None or options["revision"] is not None:
             raise

@@ -233,6 +233,9 @@ class TestErrors:
         assert done.returncode == 2
         assert "--loud" in done.stderr
 
+    def test_an_empty_model_is_not_the_default_one(self, run_here):
+        assert_one_line_error(run_here("say", "Hello.", "-q", "--model", ""), "'' names no checkpoint")
+
     @pytest.mark.parametrize("model", ["nowhere", "empty"])
     def test_a_missing_checkpoint(self, run_here, tmp_path, model):
         (tmp_path / "empty").mkdir()

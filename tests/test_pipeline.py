@@ -357,7 +357,7 @@ def test_numbers_of_numpy_are_numbers(suno_bark):
     assert all(np.array_equal(a.tokens.fine, b.tokens.fine) for a, b in zip(plain, numpy, strict=True))
 
 
-@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "x" * 5000, None, 3])
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x", "x" * 5000, "", None, 3])
 def test_what_names_no_checkpoint_is_told(source):
     with pytest.raises(BarkFastError, match="names no checkpoint"):
         Bark.from_pretrained(source, device="cpu")

@@ -67,6 +67,8 @@ def find_folder(source: str | Path, progress: bool = False, revision: str | None
 
 def _local_folder(source: str | Path) -> Path | None:
     """None for a hub id."""
+    if source == "":  # an unset variable, perhaps; as a path it would be the current folder
+        raise CheckpointError(f"'' names no checkpoint (it is empty); {_REMEDY}")
     if source == "suno" and isinstance(source, str):
         folder = cache_folder()
         if not folder.is_dir():
