@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,8 @@ def split_text(
         raise InvalidInput(f"max_tokens is {max_tokens!r}; it must be an integer from 1 to {most}")
     count = _counter(tokenizer)
     text = _require_text(text)
+    if language is not None and not isinstance(language, str):
+        raise InvalidInput(f"language is {language!r}; it must be a code such as 'de', or None")
     language = language or _guess_language(text)
     pieces: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
@@ -181,11 +184,20 @@ def _counter(tokenizer: Tokenizer | Callable[[str], int] | None) -> Callable[[st
     if isinstance(tokenizer, Tokenizer):
         return lambda text: len(tokenizer.encode(text))
     if callable(tokenizer):
-        return tokenizer
+        return partial(_counted, tokenizer)
     raise InvalidInput(
         f"tokenizer is a {type(tokenizer).__name__}; give a Tokenizer, a function from text to its number of "
         "tokens, or None"
     )
+
+
+def _counted(tokenizer: Callable[[str], int], text: str) -> int:
+    count = tokenizer(text)
+    if not is_whole(count):
+        raise InvalidInput(
+            f"tokenizer gives a {type(count).__name__}; it must give the number of tokens of a text, an integer"
+        )
+    return count
 
 
 def _estimate_tokens(text: str) -> int:

@@ -287,7 +287,8 @@ class TestSplitText:
 
     @pytest.mark.parametrize(
         "bad", [{"max_tokens": 0}, {"max_tokens": 257}, {"max_tokens": True}, {"max_tokens": 4.0},
-                {"tokenizer": "bert"}, {"text": None}, {"text": "\ud800"}]
+                {"tokenizer": "bert"}, {"tokenizer": str.split}, {"language": 5}, {"text": None},
+                {"text": "\ud800"}]
     )  # fmt: skip
     def test_bad_arguments_are_refused(self, bad):
         with pytest.raises(InvalidInput):
