@@ -148,9 +148,11 @@ class BarkConfig:
     def __post_init__(self) -> None:
         layout, codes = self.layout, self.layout.codebook_size
         wanted = (
-            ("semantic.input_vocab_size", self.semantic.input_vocab_size, layout.semantic_infer_token + 1),
+            ("semantic.input_vocab_size", self.semantic.input_vocab_size,
+             1 + max(layout.semantic_infer_token, layout.text_pad_token, layout.semantic_pad_token)),
             ("semantic.output_vocab_size", self.semantic.output_vocab_size, layout.semantic_pad_token + 1),
-            ("coarse.input_vocab_size", self.coarse.input_vocab_size, layout.coarse_infer_token + 1),
+            ("coarse.input_vocab_size", self.coarse.input_vocab_size,
+             1 + max(layout.coarse_infer_token, layout.coarse_semantic_pad_token)),
             ("coarse.output_vocab_size", self.coarse.output_vocab_size,
              layout.semantic_vocab_size + layout.n_coarse_codebooks * codes),
             ("fine.input_vocab_size", self.fine.input_vocab_size, codes + 1),

@@ -466,6 +466,8 @@ def test_layout_follows_transformers_defaults_and_names(tmp_path: Path) -> None:
         ({"fine_acoustics_config": {"max_fine_history_length": 2000}}, "the fine stage's window is 1024"),
         ({"fine_acoustics_config": {"max_fine_input_length": 1}}, "the fine stage's window is 1"),
         ({"fine_acoustics_config": {"n_fine_codebooks": 1}}, "the number of fine codebooks is 1"),
+        ({"semantic_config": {"text_pad_token": 130_000}}, "semantic.input_vocab_size is 129600"),
+        ({"coarse_acoustics_config": {"coarse_semantic_pad_token": 20_000}}, "coarse.input_vocab_size is"),
     ],
 )
 def test_generation_settings_that_cannot_be_honoured_are_named(hf_copy: Path, content: Any, named: str) -> None:
