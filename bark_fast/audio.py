@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import wave
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,12 +261,13 @@ class Audio:
         tokens.save(path)
 
     @staticmethod
-    def concat(parts: Sequence[Audio], pause: float = 0.0) -> Audio:
+    def concat(parts: Iterable[Audio], pause: float = 0.0) -> Audio:
         """Join `parts` in order with `pause` seconds of silence between them.
 
         Tokens are joined too, without the pauses (None when a part has none), and timings summed by stage.
         Raises InvalidInput for no parts, different sample rates, or a pause that is not 0 to 3600 s.
         """
+        parts = list(parts)
         rates = sorted({part.sample_rate for part in parts})
         if len(rates) != 1:
             raise InvalidInput(f"parts have the sample rates {rates}; give at least one part, all of one rate")

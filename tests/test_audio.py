@@ -307,6 +307,12 @@ class TestAudio:
     def test_concat_without_all_tokens_has_none(self):
         assert Audio.concat([Audio(tone(), RATE, tokens()), Audio(tone(), RATE)]).tokens is None
 
+    def test_concat_takes_parts_as_they_come(self):
+        parts = [Audio(tone(), RATE, tokens()), Audio(tone(), RATE, tokens())]
+        joined, listed = Audio.concat(part for part in parts), Audio.concat(parts)
+        assert np.array_equal(joined.samples, listed.samples)
+        assert np.array_equal(joined.tokens.fine, listed.tokens.fine)
+
     def test_concat_refuses_what_does_not_fit(self):
         part = Audio(tone(), RATE)
         for parts, pause in (
