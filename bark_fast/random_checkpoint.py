@@ -91,11 +91,15 @@ def _atomically(target: Path) -> Iterator[Path]:
         raise OutputError(
             f"{target} cannot be written ({error.strerror}); name a folder you may write to"
         ) from None
+    ours: list[Path] = []  # in a folder that was there
     try:
         yield work
         if within:
             for path in list(work.iterdir()):
-                path.replace(target / path.name)
+                if (target / path.name).exists():
+                    raise OutputError(f"{target / path.name} is there by now; name a folder that is empty")
+                ours.append(target / path.name)
+                path.replace(ours[-1])
             work.rmdir()
         else:
             mask = os.umask(0)
@@ -104,9 +108,10 @@ def _atomically(target: Path) -> Iterator[Path]:
             work.replace(target)
     except BaseException as error:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(work, ignore_errors=True)
-        for path in list(target.iterdir()) if within else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch.save reports a full disk as RuntimeError
+        for path in ours:
+            path.unlink(missing_ok=True)
+        # torch.save reports a full disk as RuntimeError; an OutputError is one of ours already
+        if isinstance(error, OutputError) or not isinstance(error, (OSError, RuntimeError)):
             raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise OutputError(

@@ -223,6 +223,22 @@ def test_an_empty_folder_that_is_there_stays_the_one_it_is(tmp_path, monkeypatch
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_what_another_puts_there_meanwhile_stays(tmp_path, monkeypatch, full):
+    def meanwhile(*arguments):
+        (arguments[0] / "config.json").write_text("ours")
+        (tmp_path / "config.json").write_text("another's")
+        (tmp_path / "notes").mkdir()
+        if full:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_write_hf", meanwhile)
+    with pytest.raises(OutputError, match="No space left" if full else r"config\.json is there by now"):
+        make_checkpoint(tmp_path, "tiny", "hf")
+    assert (tmp_path / "config.json").read_text() == "another's"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "notes"}
+
+
 def test_an_empty_folder_is_empty_again_after_a_failure(tmp_path, monkeypatch):
     def full(*arguments):
         (arguments[0] / "half").write_text("half")
