@@ -16,6 +16,7 @@ from bark_fast.errors import BarkFastError, HubUnreachable, InvalidInput, Output
 from bark_fast.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from bark_fast.audio import Audio
     from bark_fast.pipeline import Bark
 
 DEFAULT_MODEL = "suno/bark-small"
@@ -123,11 +124,7 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
     started = time.perf_counter()
     audio = bark.generate(words, voice=voice, progress=not quiet, **generating)
     seconds = time.perf_counter() - started
-    try:
-        audio.save(output)
-    finally:  # on a full disk there may be room for the tokens, of which the audio can be made again
-        if tokens_file is not None and audio.tokens is not None:
-            audio.tokens.save(tokens_file)
+    _save(audio, output, tokens_file)
     if not quiet:
         stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
         click.echo(
@@ -182,6 +179,23 @@ def make_checkpoint_command(folder: Path, size: Any, layout: Any, seed: int, qui
 
     written = make_checkpoint(folder, size=size, format=layout, seed=seed, progress=not quiet)
     click.echo(f"{written}: random weights ({size}, {layout} format); what they speak is noise")
+
+
+def _save(audio: Audio, output: Path, tokens_file: Path | None) -> None:
+    """Both files, or as many as can be written: the error tells of each that cannot."""
+    failed: OutputError | None = None
+    try:
+        audio.save(output)
+    except OutputError as error:
+        failed = error
+    finally:  # on a full disk there may be room for the tokens, of which the audio can be made again
+        if tokens_file is not None and audio.tokens is not None:
+            try:
+                audio.tokens.save(tokens_file)
+            except OutputError as error:
+                failed = error if failed is None else OutputError(f"{failed}; {error}")
+    if failed is not None:
+        raise failed
 
 
 def _read_text(text: str | None, text_file: Path | None) -> str:

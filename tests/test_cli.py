@@ -351,6 +351,11 @@ class TestStreamsThatAreNotThere:
         again = shell("$SAY Hello -q -o b.wav --voice a.npz")
         assert again.returncode == 0, again.stderr
 
+    def test_both_files_that_cannot_be_written_are_told(self, shell):
+        done = shell("ulimit -f 0; $SAY Hello -q -o a.wav --tokens a.npz")
+        assert_one_line_error(done, "cannot write a.wav", "cannot write a.npz")
+        assert not list(shell.folder.glob("*.*"))
+
     def test_two_that_make_the_noise_checkpoint_at_once(self, shell):
         say = f"{' '.join(COMMAND)} say Hi -q --max-seconds 0.3"
         done = shell(f"{say} -o 1.wav & {say} -o 2.wav; first=$?; wait $! && exit $first")
