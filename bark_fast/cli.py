@@ -126,19 +126,25 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
     seconds = time.perf_counter() - started
     _save(audio, output, tokens_file)
     if not quiet:
-        stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
+        with suppress(OSError):  # stderr may be full, or nobody reads it: what was to be done is done
+            _summarize(bark, audio, output, seconds, load_seconds)
+
+
+def _summarize(bark: Bark, audio: Audio, output: Path, seconds: float, load_seconds: float) -> None:
+    """One line of what was spoken and how fast, and another of the graphs captured meanwhile."""
+    stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
+    click.echo(
+        f"{output}: {audio.duration:.1f} s of audio in {seconds:.1f} s "
+        f"(real-time factor {seconds / audio.duration:.2f}; {stages}; loading {load_seconds:.1f})",
+        err=True,
+    )
+    if captures := bark.captures:
         click.echo(
-            f"{output}: {audio.duration:.1f} s of audio in {seconds:.1f} s "
-            f"(real-time factor {seconds / audio.duration:.2f}; {stages}; loading {load_seconds:.1f})",
+            f"CUDA graphs of decode steps: {len(captures)} captured, once for this process, in "
+            f"{sum(one.seconds for one in captures):.1f} s of these; they hold "
+            f"{sum(one.bytes for one in captures) / 2**20:.0f} MiB",
             err=True,
         )
-        if captures := bark.captures:
-            click.echo(
-                f"CUDA graphs of decode steps: {len(captures)} captured, once for this process, in "
-                f"{sum(one.seconds for one in captures):.1f} s of these; they hold "
-                f"{sum(one.bytes for one in captures) / 2**20:.0f} MiB",
-                err=True,
-            )
 
 
 @cli.command()

@@ -333,7 +333,8 @@ class TestStreamsThatAreNotThere:
 
     @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2>&1 | head -c 1"])
     def test_speech_is_worth_more_than_a_bar(self, shell, stderr):
-        shell(f"$SAY Hello -o a.wav {stderr}")
+        done = shell(f"set -o pipefail; $SAY Hello -o a.wav {stderr}")
+        assert done.returncode == 0, done.stderr
         assert soundfile.info(shell.folder / "a.wav").frames > 0
 
     def test_no_stdin_is_no_text(self, shell):
