@@ -36,6 +36,18 @@ def main(arguments: list[str] | None = None) -> None:
     except BarkFastError as error:
         click.echo(f"bark-fast: {error}", err=True)
         status = 1
+    except (RuntimeError, MemoryError) as error:  # torch's and numpy's
+        from bark_fast.engine.memory import is_of_memory
+
+        if isinstance(error, RuntimeError) and not is_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or ["none is left"])[0]
+        click.echo(
+            f"bark-fast: there is not enough memory ({reason}); close other programs, or choose a smaller "
+            f"dtype or checkpoint",
+            err=True,
+        )
+        status = 1
     except OSError as error:  # of stdout: files have errors of their own
         with suppress(OSError):
             click.echo(f"bark-fast: cannot write the output ({error.strerror or error})", err=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -56,24 +57,40 @@ def load_models(
     for model in MODELS:
         where = torch.device("cpu") if offload else pick_device(named[model]) if model in named else device
         places.setdefault(where, []).append(model)
-    parts = [
-        load_checkpoint(source, device=where, dtype=dtype, models=models, progress=progress, revision=revision)
-        for where, models in places.items()
-    ]
+    with _memory_for("the weights", "choose a smaller dtype or checkpoint, or offload=True"):
+        parts = [
+            load_checkpoint(
+                source, device=where, dtype=dtype, models=models, progress=progress, revision=revision
+            )
+            for where, models in places.items()
+        ]
     return replace(
         parts[0], weights={name: weights for part in parts for name, weights in part.weights.items()}
     )
+
+
+@contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Say for what there was no memory, and what to do."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's, of a CPU or a GPU
+        if not is_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise InvalidInput(f"there is no memory for {what} ({reason}); {remedy}") from error
 
 
 def copied_to(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
     """The same weights on `device`: tied ones stay tied, and those that are there already are shared."""
     moved: dict[int, torch.Tensor] = {}
     weights: dict[ModelName, dict[str, torch.Tensor]] = {model: {} for model in checkpoint.weights}
-    for model, tensors in checkpoint.weights.items():
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() not in moved:
-                moved[tensor.data_ptr()] = tensor.to(device)
-            weights[model][name] = moved[tensor.data_ptr()]
+    with _memory_for(f"the weights of a replica on {device}", "choose fewer, or a smaller dtype or checkpoint"):
+        for model, tensors in checkpoint.weights.items():
+            for name, tensor in tensors.items():
+                if tensor.data_ptr() not in moved:
+                    moved[tensor.data_ptr()] = tensor.to(device)
+                weights[model][name] = moved[tensor.data_ptr()]
     return replace(checkpoint, weights=weights)
 
 
@@ -93,16 +110,9 @@ def make_runner(
     for name, module in modules.items():
         module.load_state_dict(weights[name], assign=True)  # it was built without
         module.requires_grad_(False).eval()
-    try:
+    caches = f"the caches of max_batch={max_batch} utterances"
+    with _memory_for(caches, "choose fewer, or give max_memory"):
         runner = kind(semantic, coarse, fine, codec, max_batch, room, device if offload else None)
-    except RuntimeError as error:  # torch's, of a CPU or a GPU
-        if not is_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise InvalidInput(
-            f"there is no memory for the caches of max_batch={max_batch} utterances ({reason}); choose fewer, "
-            f"or give max_memory"
-        ) from error
     if not offload:
         codec.lstm.flatten_parameters()
     return runner

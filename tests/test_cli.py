@@ -220,6 +220,16 @@ class TestErrors:
         )
         assert done.stdout.startswith("bark-fast, version")
 
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore"), MemoryError()]
+    )
+    def test_no_memory_is_told(self, say_here, monkeypatch, error):
+        def full(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr(Bark, "generate", full)
+        assert_one_line_error(say_here("Hi.", "-q"), "not enough memory (", "smaller dtype or checkpoint")
+
     def test_stdin_that_is_not_text(self, tmp_path, tiny_suno_dir):
         done = subprocess.run(
             [*COMMAND, "say", "-m", str(tiny_suno_dir), "-o", str(tmp_path / "a.wav")],

@@ -7,10 +7,20 @@ import pytest
 import torch
 
 from bark_fast import Bark, InvalidInput
+from bark_fast.checkpoint import load_checkpoint
+from bark_fast.checkpoint.transfer import Mover
 from bark_fast.config import published_config
 from bark_fast.device import pick_device
-from bark_fast.engine.memory import Offloader, cache_pages, context_bytes, pages_of_context, storage_bytes
+from bark_fast.engine.memory import (
+    Offloader,
+    cache_pages,
+    context_bytes,
+    is_of_memory,
+    pages_of_context,
+    storage_bytes,
+)
 from bark_fast.engine.scheduler import Limits, Scheduler
+from bark_fast.loading import copied_to
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
@@ -117,6 +127,22 @@ class TestPlacement:
     def test_bad_places_are_named(self, tiny_suno_dir, options, message):
         with pytest.raises(InvalidInput, match=message):
             Bark.from_pretrained(tiny_suno_dir, device="cpu", **options)
+
+    def test_weights_that_do_not_fit_are_told(self, tiny_suno_dir, monkeypatch):
+        def full(*arguments, **options):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the manual")
+
+        checkpoint = load_checkpoint(tiny_suno_dir, device=torch.device("cpu"), dtype=torch.float32)
+        monkeypatch.setattr(torch.Tensor, "to", full)
+        with pytest.raises(InvalidInput, match=r"no memory for the weights of a replica on cpu .*2 GiB"):
+            copied_to(checkpoint, torch.device("cpu"))
+        monkeypatch.setattr(Mover, "move", full)
+        with pytest.raises(InvalidInput, match=r"no memory for the weights \(.*2 GiB\.\); choose .*dtype"):
+            Bark.from_pretrained(tiny_suno_dir, device="cpu")
+
+    def test_a_fault_is_no_lack_of_memory(self):
+        assert is_of_memory(RuntimeError("CUDA out of memory"))
+        assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
     def test_the_current_gpu_is_meant_by_its_number(self, monkeypatch):
         """In another thread, such as a worker's, another one is the current one."""
