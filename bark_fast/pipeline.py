@@ -18,7 +18,7 @@ from bark_fast.engine.capture import Capture
 from bark_fast.engine.replicas import Replicas
 from bark_fast.engine.scheduler import Group, Limits, Observer, Outcome, Scheduler, Utterance
 from bark_fast.engine.worker import Worker
-from bark_fast.errors import InvalidInput
+from bark_fast.errors import GenerationError, InvalidInput
 from bark_fast.loading import copied_to, load_models, make_runner
 from bark_fast.numeric import is_whole
 from bark_fast.ops.noise import PhiloxNoise
@@ -220,7 +220,8 @@ class Bark:
         audios: dict[int, Audio] = {}
         try:
             for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self._places):
-                audios[outcome.index] = self._spoken(outcome)
+                with _named(f"text[{outcome.index}]" if len(texts) > 1 else ""):
+                    audios[outcome.index] = self._spoken(outcome)
         finally:
             if bar is not None:
                 bar.close(finished=len(audios) == len(texts))
@@ -290,7 +291,9 @@ class Bark:
                 if outcome.error is not None and errors == "yield":
                     yield outcome.index, outcome.error
                 else:
-                    yield outcome.index, self._spoken(outcome)
+                    with _named(f"request {outcome.index}"):
+                        audio = self._spoken(outcome)
+                    yield outcome.index, audio
 
         return results()
 
@@ -402,6 +405,10 @@ def _named(which: str) -> Iterator[None]:
         if not which:
             raise
         raise type(error)(f"{which}: {error}") from None
+    except GenerationError as error:
+        if not which:
+            raise
+        raise type(error)(f"{which}: {error}") from error
 
 
 def _failing(error: Exception) -> Stage[list[Speech]]:

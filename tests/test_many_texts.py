@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bark_fast import GenerationError, InvalidInput, InvalidVoice, SamplingParams, TextTooLong
+from bark_fast.errors import EndedTooEarly
 from bark_fast.ops.noise import PhiloxNoise
 
 TEXTS = ["One.", "Two, and somewhat longer.", "Three!"]
@@ -65,6 +66,18 @@ def test_an_error_says_which_text_of_a_list_it_is_about(thrifty):
         kind = type(texts[1]).__name__
         with pytest.raises(InvalidInput, match=rf"^text\[1\]: text is a {kind}; it must be a str"):
             thrifty.generate(texts, long_form=isinstance(texts, tuple))
+
+
+def test_an_error_in_the_midst_of_it_says_which_text_it_is_about(suno_bark):
+    texts, at_once = ["One.", "Two.", "Three."], SamplingParams(min_eos_p=1e-9)
+    with pytest.raises(EndedTooEarly, match=r"^text\[[012]\]: the model ended after 0"):
+        suno_bark.generate(texts, seed=0, semantic=at_once)
+    with pytest.raises(EndedTooEarly, match=r"^the model ended after 0"):
+        suno_bark.generate("One.", seed=0, semantic=at_once)
+    requests = [{"text": "One.", "max_seconds": 0.1}, {"text": "Two.", "semantic": at_once}]
+    with pytest.raises(EndedTooEarly, match=r"^request 1: the model ended after 0"):
+        list(suno_bark.stream_results(requests, seed=0))
+    assert held(suno_bark) == NOTHING
 
 
 @pytest.mark.parametrize("text", [3, ["One."], None])
