@@ -201,8 +201,9 @@ class Bark:
             )
         options = self._options(semantic, coarse, fine, max_seconds, rng, joined)
         chunks = []
-        for index, one in enumerate(texts):
-            with _named(f"text[{index}]" if len(texts) > 1 else ""):
+        names = [f"text[{index}]" if len(texts) > 1 else "" for index in range(len(texts))]
+        for one, name in zip(texts, names, strict=True):
+            with _named(name):
                 chunks.append(self._chunks(one, long_form))
         voices = self._histories(voice, len(texts))
         if not texts:
@@ -210,8 +211,8 @@ class Bark:
         noises = make_noise(seeds, rng, self.device, self.dialect, len(texts), joined)
         group = Group() if joined else None
         jobs = (
-            Utterance(_long_form(parts, history, options), noise, group)
-            for parts, history, noise in zip(chunks, voices, noises, strict=True)
+            Utterance(_long_form(parts, history, options, name), noise, group)
+            for parts, history, noise, name in zip(chunks, voices, noises, names, strict=True)
         )
         # texts that share torch's global generator must draw from it one after the other
         one_by_one = rng == "torch" and seeds is None
@@ -220,7 +221,7 @@ class Bark:
         audios: dict[int, Audio] = {}
         try:
             for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self._places):
-                with _named(f"text[{outcome.index}]" if len(texts) > 1 else ""):
+                with _named(names[outcome.index]):
                     audios[outcome.index] = self._spoken(outcome)
         finally:
             if bar is not None:
@@ -277,9 +278,9 @@ class Bark:
 
         def job(index: int, request: object) -> Utterance[list[Speech]]:
             try:
-                with _named(f"request {index}"):
+                with _named(name := f"request {index}"):
                     text, own = speech_request(request, shared)
-                    return self._utterance(text, **own)
+                    return self._utterance(text, name, **own)
             except Exception as error:
                 if errors == "raise":
                     raise
@@ -331,6 +332,7 @@ class Bark:
     def _utterance(
         self,
         text: str,
+        name: str = "",
         *,
         voice: VoiceLike = None,
         seed: int | None = None,
@@ -353,7 +355,7 @@ class Bark:
         chunks = self._chunks(text, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
-        return Utterance(_long_form(chunks, history, options), noise)
+        return Utterance(_long_form(chunks, history, options, name), noise)
 
     def _options(
         self,

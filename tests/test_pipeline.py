@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from bark_fast import (
     SamplingParams,
     TextTooLong,
 )
+from bark_fast.errors import EndedTooEarly
 from bark_fast.progress import Progress, ProgressBar
+from bark_fast.stages import utterance
 from bark_fast.stages.semantic import max_tokens
 
 soundfile = pytest.importorskip("soundfile")
@@ -176,6 +179,28 @@ class TestLongForm:
         text = LONG[:250]
         suno_bark.generate(text, seed=0, voice=preset, long_form=True, max_seconds=0.3, progress=events.append)
         assert {e.chunk for e in events} == set(range(len(bark_fast.split_text(text, suno_bark.tokenizer))))
+
+    def test_every_chunk_left_out_is_told_with_its_text(self, suno_bark, monkeypatch):
+        """Of the same number of as many, too, which Python's own filter takes for the same warning."""
+        speak = utterance.utterance
+
+        def silent_at_first(text, history, options, chunk=0):
+            if chunk == 0:
+                raise EndedTooEarly("the model ended after 0 semantic tokens")
+            return (yield from speak(text, history, options, chunk))
+
+        monkeypatch.setattr(utterance, "utterance", silent_at_first)
+        options = {"seed": 0, "long_form": True, "max_seconds": 0.1}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for _ in range(2):
+                suno_bark.generate([LONG[:200], LONG[:200]], **options)
+                suno_bark.generate(LONG[:200], **options)
+            list(suno_bark.stream_results([LONG[:200]], **options))
+        told = [str(one.message).partition(" was left out: the model ended after 0")[0] for one in caught]
+        (whole,) = {one.rpartition(" ")[2] for one in told}
+        names = ["text[0]: ", "text[1]: ", ""] * 2 + ["request 0: "]
+        assert sorted(told) == sorted(f"{name}chunk 1 of {whole}" for name in names)
 
     def test_a_short_text_is_one_chunk(self, suno_bark):
         a = suno_bark.generate("One.", seed=0, long_form=True, max_seconds=0.3)

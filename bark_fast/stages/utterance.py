@@ -69,10 +69,13 @@ def _frames(semantic_tokens: IntArray, options: Options) -> int:
     return frames
 
 
-def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options) -> Stage[list[Speech]]:
+def long_form(
+    chunks: Sequence[IntArray], voice: Tokens | None, options: Options, which: str = ""
+) -> Stage[list[Speech]]:
     """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next.
 
     Where the model ends at once in some of several chunks, the others are kept; a warning says what is missing.
+    which: the text's name among others, for that.
     """
     spoken: list[Speech] = []
     silent: list[tuple[int, EndedTooEarly]] = []
@@ -85,7 +88,7 @@ def long_form(chunks: Sequence[IntArray], voice: Tokens | None, options: Options
     if not spoken:
         raise silent[0][1]
     for index, reason in silent:
-        warnings.warn(
-            f"chunk {index + 1} of {len(chunks)} was left out: {reason}", RuntimeWarning, stacklevel=2
-        )
+        said = f"{which}{': ' if which else ''}chunk {index + 1} of {len(chunks)} was left out: {reason}"
+        # with a registry of its own, or Python would not say the same of another text, or another time
+        warnings.warn_explicit(said, RuntimeWarning, __file__, 0, __name__, registry={})
     return spoken
