@@ -30,7 +30,7 @@ def check_seeds(seed: int | Sequence[int] | IntArray | None, count: int) -> int 
         return None
     if isinstance(seed, np.ndarray) and seed.ndim:
         seed = seed.tolist()
-    if isinstance(seed, Sequence):
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
         if len(seed) != count:
             raise InvalidInput(f"{len(seed)} seeds for {count} texts; give one for all, or one per text")
         return [_seed(one) for one in seed]
