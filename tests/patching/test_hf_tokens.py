@@ -218,6 +218,81 @@ def test_processors_in_another_order_or_twice_are_refused():
             request_of(processors, *arguments)
 
 
+def rule_for(*rules, vocab_size=100, **settings):
+    """What processors and criteria come to for a prompt of 10 tokens: objects, or class names and arguments."""
+    from transformers import GenerationConfig
+    from transformers.generation import logits_process, stopping_criteria
+
+    def make(name, *arguments):
+        return getattr(logits_process, name, getattr(stopping_criteria, name, None))(*arguments)
+
+    made = [make(*one) if isinstance(one, tuple) else one for one in rules]
+    stopping = [one for one in made if isinstance(one, stopping_criteria.StoppingCriteria)]
+    processors = [one for one in made if one not in stopping]
+    config = GenerationConfig(**{"do_sample": True, **settings})
+    return request_of(processors, stopping, config, vocab_size, 10)
+
+
+LIMIT, EOS = ("MaxLengthCriteria", 20), ("EosTokenCriteria", 99)
+
+
+def test_rules_are_what_processors_and_criteria_come_to():
+    suppress = ("SuppressTokensLogitsProcessor", [0, 1, 98, 99], "cpu")
+    prioritizer = ("BarkEosPrioritizerLogitsProcessor", 99, 0.25, "cpu")
+    alternating = ("AlternatingCodebooksLogitsProcessor", 10, 40, 30)
+    assert rule_for(suppress, LIMIT).rule.windows == ((2, 98),)
+    assert rule_for(alternating, LIMIT).rule.windows == ((40, 70), (70, 100))
+    ending = rule_for(prioritizer, ("TopPLogitsWarper", 0.9), LIMIT, EOS).rule
+    assert (ending.eos_token, ending.min_eos_p, ending.top_p, ending.temperature) == (99, 0.25, 0.9, 1.0)
+    assert rule_for(("MaxLengthCriteria", 15), LIMIT).max_new_tokens == 5
+    assert rule_for(LIMIT, ("MaxLengthCriteria", 15)).max_new_tokens == 5
+    assert rule_for(("LogitNormalization",), LIMIT, do_sample=False).rule.greedy
+
+
+@pytest.mark.parametrize(
+    ("rules", "settings", "reason"),
+    [
+        ([("TopKLogitsWarper", 5, -1e4), LIMIT], {}, "TopKLogitsWarper with filter_value"),
+        ([("TopPLogitsWarper", 0.9, -1e4), LIMIT], {}, "TopPLogitsWarper with filter_value"),
+        ([("TopPLogitsWarper", 0.9, float("-inf"), 2), LIMIT], {}, "min_tokens_to_keep"),
+        ([LIMIT, ("EosTokenCriteria", 98)], {}, "the end token 98 within"),
+        ([LIMIT, ("EosTokenCriteria", [98, 99])], {}, "2 end tokens"),
+        ([LIMIT, EOS, EOS], {}, "the stopping criterion EosTokenCriteria"),
+        ([LIMIT, ("MaxTimeCriteria", 1.0)], {}, "the stopping criterion MaxTimeCriteria"),
+        ([("MaxLengthCriteria", 10)], {}, "without a maximum length"),
+        ([EOS], {}, "without a maximum length"),
+        (
+            [("BarkEosPrioritizerLogitsProcessor", 98, 0.2, "cpu"), LIMIT, EOS],
+            {},
+            "min_eos_p for another token",
+        ),
+        ([("BarkEosPrioritizerLogitsProcessor", 99, 0.2, "cpu"), LIMIT], {}, "min_eos_p for another token"),
+        ([("AlternatingCodebooksLogitsProcessor", 9, 40, 30), LIMIT], {}, "alternate from another place"),
+        ([("SuppressTokensLogitsProcessor", [5, 6], "cpu"), LIMIT], {}, "suppressed tokens between others"),
+        ([("SuppressTokensLogitsProcessor", [*range(100)], "cpu"), LIMIT], {}, "suppressed tokens between"),
+        (
+            [("TopKLogitsWarper", 5), ("LogitNormalization",), LIMIT],
+            {"do_sample": False},
+            "filters without sampling",
+        ),
+        ([LIMIT], {"do_sample": False}, "greedy decoding without renormalize_logits"),
+        ([LIMIT], {"return_dict_in_generate": True, "output_logits": True}, "output_logits"),
+    ],
+    ids=str,
+)
+def test_rules_that_the_engine_does_not_have_are_refused(rules, settings, reason):
+    with pytest.raises(NotCovered, match=reason):
+        rule_for(*rules, **settings)
+
+
+def test_a_processor_of_ones_own_is_not_known_by_its_name():
+    class TopKLogitsWarper:
+        top_k, filter_value = 5, float("-inf")
+
+    with pytest.raises(NotCovered, match=r"the logits processor .*test_hf_tokens\.TopKLogitsWarper"):
+        rule_for(TopKLogitsWarper(), LIMIT)
+
+
 @pytest.mark.parametrize("lengths", [True, False, None])
 @pytest.mark.usefixtures("no_decline")
 def test_return_output_lengths(model, text, lengths):
