@@ -218,6 +218,25 @@ class TestOrder:
         ends = [outcome.index for outcome in scheduler.run(self.utterance(40, i) for i in range(6))]
         assert ends == list(range(6))
 
+    def test_who_waits_for_pages_is_not_overtaken(self, suno_bark):
+        """Younger ones that would fit beside the oldest do not keep a long prompt from its pages."""
+        long = np.random.default_rng(0).integers(10_000, 11_000, 70)
+        jobs = [self.utterance(40), self.utterance(3, 1, long), *(self.utterance(3, i) for i in (2, 3))]
+        scheduler = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 5}), max_batch=4)
+        assert [outcome.index for outcome in scheduler.run(jobs)] == [0, 1, 2, 3]
+
+    def test_who_begins_leaves_a_page_for_who_draws(self, suno_bark):
+        """Two pages: a newcomer who took the second would have to give it back as soon as the first is full."""
+        scheduler, ended = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 2})), []
+        with Session(scheduler) as session:
+            session.add([(0, self.utterance(10, prompt=range(10_000, 10_015)))])
+            ended += session.wait()
+            session.add([(1, self.utterance(3, 1))])
+            while session.pending:
+                ended += session.wait()
+        assert [outcome.index for outcome in ended] == [0, 1]
+        assert scheduler.rounds.admission.preemptions == 0
+
     def test_what_does_not_fit_alone_fails_alone(self, suno_bark):
         runner = SmallRunner(suno_bark.runner, {"coarse": 3})
         jobs = [self.utterance(20), self.utterance(60, 1), self.utterance(20, 2)]
@@ -226,6 +245,14 @@ class TestOrder:
         assert "coarse needs pages for 49 tokens" in str(got[1].error)
         assert [len(got[i].result) for i in (0, 2)] == [20, 20]
         assert not runner.leaks()
+
+    def test_a_prompt_beyond_all_pages_does_not_wait_for_them(self, suno_bark):
+        scheduler, ended = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 3})), []
+        with Session(scheduler) as session:
+            session.add([(0, self.utterance(1, prompt=range(10_000, 10_060)))])
+            for _ in range(3):
+                ended += session.wait()
+        assert [type(outcome.error) for outcome in ended] == [OutOfPages]
 
 
 KINDS = ("open", "prefill", "decode", "fine", "vocode")
@@ -504,6 +531,52 @@ def test_who_leaves_does_not_wait_for_others_to_finish(suno_bark):
     thread.join(60)
     assert len(ends[0].result) == 900
     assert not runner.leaks()
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["told", "an interrupt came before"])
+def test_who_waits_for_anothers_round_is_told_or_looks_for_itself(suno_bark, monkeypatch, lost):
+    entered, go_on = threading.Event(), threading.Event()
+
+    class Slow(SmallRunner):
+        def step(self, model, sequences):
+            entered.set()
+            assert go_on.wait(20)
+            return super().step(model, sequences)
+
+    def decode():
+        return (yield Decode("coarse", np.array([10_500]), RULE, 5)).tokens
+
+    monkeypatch.setattr("bark_fast.engine.scheduler.WAKE_UP", 0.01 if lost else 60)
+    scheduler = Scheduler(Slow(suno_bark.runner))
+    if lost:
+        monkeypatch.setattr(scheduler._turn, "notify_all", lambda: None)
+
+    def speak():
+        list(scheduler.run([Utterance(decode(), PhiloxNoise(0, CPU))]))
+
+    threads = [threading.Thread(target=speak, daemon=True) for _ in range(2)]
+    threads[0].start()
+    assert entered.wait(20)
+    threads[1].start()
+    threads[1].join(0.1)  # by now it waits
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_who_enters_waits_while_others_are_dropped(suno_bark):
+    """The queue is made anew then: who came in between would be lost."""
+    scheduler = Scheduler(SmallRunner(suno_bark.runner))
+    with Session(scheduler) as session:
+        one = [(0, Utterance(forever(), PhiloxNoise(0, CPU)))]
+        entering = threading.Thread(target=session.add, args=(one,))
+        with scheduler._lock:  # as who drops has it
+            entering.start()
+            entering.join(0.05)
+            assert entering.is_alive() and not scheduler.rounds.waiting
+        entering.join(20)
+        assert len(scheduler.rounds.waiting) == 1
 
 
 def test_an_interrupt_while_somebody_is_admitted_loses_nobody(suno_bark, load):
