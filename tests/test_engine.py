@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bark_fast import Bark, SamplingParams
 from bark_fast.engine.burst import Buffers
 from bark_fast.engine.runner import EagerRunner
-from bark_fast.engine.scheduler import Scheduler, Utterance
+from bark_fast.engine.scheduler import Limits, Scheduler, Session, Utterance
 from bark_fast.engine.sequence import common_prefix
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise
@@ -172,6 +172,16 @@ class TestPrefixReuse:
         tokens_of(runner, stage())
         assert runner.fed == 200 + 9 + 1 + 9
 
+    def test_no_token_is_drawn_where_none_is_wanted(self, runner):
+        def stage():
+            none = yield decode(PROMPT, 0)
+            two = yield decode([10_500], 2)
+            return none, two
+
+        none, two = tokens_of(runner, stage())
+        assert (len(none.tokens), none.steps, len(two.tokens)) == (0, 0, 2)
+        assert runner.fed == 1 + 1
+
     @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
     def test_common_prefix(self, a, b):
         n = common_prefix(a, b)
@@ -209,6 +219,23 @@ class TestFailures:
         assert isinstance(got[0].error, GenerationError)
         assert "1020" in str(got[0].error)
         assert got[1].result[0] == "a"
+
+    def test_a_runner_that_draws_nothing_is_an_error_and_no_endless_wait(self, runner, monkeypatch):
+        monkeypatch.setattr(runner, "step", lambda model, sequences: [[] for _ in sequences])
+        with Session(Scheduler(runner)) as session:
+            session.add([(0, Utterance(self.good("a"), PhiloxNoise(0, runner.device)))])
+            ended = [outcome for _ in range(3) for outcome in session.wait()]
+        assert ["coarse's runner drew no token at step 0" in str(one.error) for one in ended] == [True]
+
+    def test_a_context_takes_all_but_the_last_token_drawn(self, runner):
+        """That one is never fed: one more is refused, before a position is asked for that there is not."""
+
+        def fill(count):
+            return (yield decode([10_500] * 1020, count)).tokens
+
+        got = self.outcomes(runner, [fill(5), fill(6)])
+        assert len(got[0].result) == 5
+        assert "prompt of 1020 and 6 new tokens do not fit coarse's context of 1024" in str(got[1].error)
 
     def test_a_failing_codec_call_fails_its_utterance_only(self, runner):
         def broken():
@@ -376,6 +403,22 @@ class TestSharedPages:
         together = self.run_together(runner, [first(), late()], [0, 1])
         assert runner.fed == (257 + 29) + 7 + (fed + 9)
         assert np.array_equal(together[1], tokens_of(Counting(runner), late(), 1))
+
+    @pytest.mark.parametrize(("same_history", "fed"), [(True, [257]), (False, [257, 257])])
+    def test_prompts_under_another_history_do_not_wait_for_each_other(self, runner, same_history, fed):
+        """They could share nothing afterwards."""
+        rule = SamplingRule("suno", ((0, 10_001),), 10_048, temperature=0.7)
+        text, *histories = np.random.default_rng(0).integers(0, 10_000, (3, 256))
+        steps, step = [], runner.step
+        runner.step = lambda model, seqs: steps.append([len(s.feed) for s in seqs]) or step(model, seqs)
+
+        def semantic(merged):
+            yield Decode("semantic", np.append(text, 129_599), rule, 2, merged=merged)
+
+        second = histories[0] if same_history else histories[1]
+        jobs = [Utterance(semantic(one), PhiloxNoise(0, runner.device)) for one in (histories[0], second)]
+        list(Scheduler(runner, limits=Limits(prefill_rows=1000)).run(jobs))
+        assert steps[0] == fed
 
     def test_n_samples_are_those_of_consecutive_seeds(self, suno_bark):
         samples = suno_bark.generate("One.", n=3, seed=5, max_seconds=0.4)
