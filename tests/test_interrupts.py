@@ -145,6 +145,23 @@ def test_a_join_that_was_interrupted_is_made_again(suno_bark: Bark) -> None:
     assert all(torch.equal(n.source_generator.get_state(), e) for n, e in zip(noises, expected, strict=True))
 
 
+def test_a_join_is_answered_once_though_one_of_the_group_is_interrupted(suno_bark: Bark) -> None:
+    def joins(value: int) -> Stage[list[int]]:
+        values = yield Join(value, 0, RULE)
+        if value == 1:
+            raise KeyboardInterrupt
+        return values
+
+    group, ended = Group(), []
+    with Session(Scheduler(SmallRunner(suno_bark.runner))) as session:
+        session.add([(row, Utterance(joins(row + 1), torch_noise(), group)) for row in range(2)])
+        with pytest.raises(KeyboardInterrupt):
+            session.wait()
+        while session.pending:
+            ended += session.wait()
+    assert ended[0].error is not None and ended[1].result == [1, 2]
+
+
 def test_whoever_ends_in_an_interrupt_is_waited_for_by_nobody(suno_bark: Bark) -> None:
     """The interrupt is of who leads the round; the one that ends may be another's."""
     at, came = 0, True
@@ -212,6 +229,28 @@ def test_an_iterator_collected_while_others_are_let_go(suno_bark: Bark) -> None:
     sessions[0].__exit__(None, None, None)
     assert not runner.leaks()
     assert not scheduler.rounds.active and not scheduler.rounds.waiting
+
+
+def test_who_was_interrupted_in_leaving_is_let_go_of_by_the_next(suno_bark: Bark) -> None:
+    """The interrupt comes while the first of two utterances is closed: the other one must not stay."""
+    runner = SmallRunner(suno_bark.runner)
+    scheduler = Scheduler(runner)
+    session = Session(scheduler)
+
+    def interrupting() -> Stage[None]:
+        try:
+            yield from forever()
+        finally:
+            raise KeyboardInterrupt
+
+    for index, stage in enumerate((interrupting(), forever())):
+        session.add([(index, Utterance(stage, PhiloxNoise(index, CPU)))])
+    session.wait()
+    with pytest.raises(KeyboardInterrupt):
+        session.__exit__(None, None, None)
+    assert len(scheduler.rounds.active) == 1
+    Session(scheduler).__exit__(None, None, None)
+    assert not runner.leaks() and not scheduler.rounds.active
 
 
 def test_those_whose_turn_comes_later_are_not_compared_with_everybody(suno_bark: Bark, monkeypatch) -> None:
