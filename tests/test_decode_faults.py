@@ -294,3 +294,33 @@ def test_draws_ahead_are_settled_by_what_was_taken(suno_bark: Bark) -> None:
     for step in range(2 + burst.BURST):
         expected = plain.token(RULE, 0, sequence.stream, step)
     assert torch.equal(noise.token(RULE, 0, sequence.stream, 1 + burst.BURST), expected)
+
+
+def test_who_is_cancelled_in_a_burst_leaves_the_generator_where_its_tokens_do(suno_bark: Bark) -> None:
+    noise, done = torch_noise(3), []
+    with Session(Scheduler(runner_of(GraphRunner, suno_bark)), lambda *event: done.append(event[2])) as session:
+        session.add([(0, Utterance(stage(prompt(30), 60), noise))])
+        while not done or done[-1] < 2:
+            session.wait()
+        session.cancel([0])
+    plain = torch_noise(3)
+    for step in range(done[-1]):
+        plain.token(RULE, 0, 1, step)
+    assert torch.equal(noise.source_generator.get_state(), plain.source_generator.get_state())
+
+
+@pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")
+def test_after_a_batch_that_failed_each_feeds_its_prompt_and_a_token_alone(suno_bark: Bark) -> None:
+    """And then they go together again, in the midst of their work."""
+    widths: list[int] = []
+
+    class Failing(EagerRunner):
+        def step(self, model: str, sequences: Any) -> list[list[int]]:
+            widths.append(len(sequences))
+            if len(widths) == 4:
+                raise RuntimeError("once")
+            return super().step(model, sequences)
+
+    jobs = [Utterance(stage(prompt(5, i), 20), PhiloxNoise(i, CPU)) for i in range(3)]
+    assert not any(one.error for one in Scheduler(runner_of(Failing, suno_bark)).run(jobs))
+    assert widths == [3] * 4 + [1] * 6 + [3] * 15
