@@ -25,6 +25,7 @@ from bark_fast.work import Decode, Stage
 
 SEMANTIC = ((0, 10_001),)
 COARSE = ((10_000, 11_024), (11_024, 12_048))
+CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -283,6 +284,25 @@ def test_no_page_for_the_token_after_next_costs_a_burst_and_no_more(suno_bark: B
         pool.free(hostage)
         assert_empty(runner)
     assert drawn[0] == drawn[1]
+
+
+def test_a_burst_leaves_pages_to_who_draws_from_a_generator(suno_bark: Bark) -> None:
+    """One of three pages is free: the burst could use it, and the other, whose turn comes later, needs it."""
+    runner = runner_of(GraphRunner, suno_bark, "cpu")
+    pool = runner.pools["coarse"].pool
+    pool.extend(pool.create(), (pool.stats().pages_free - 3) * PAGE_SIZE)
+    drawing = TorchNoise(torch.Generator().manual_seed(1), CPU, "suno")
+    noises = [PhiloxNoise(1, CPU), held_noise.HeldNoise(drawing)]
+    sequences = [runner.open("coarse", noise) for noise in noises]
+    rule = SamplingRule("suno", COARSE, 12_096, temperature=0.7)
+    for sequence, length in zip(sequences, (PAGE_SIZE - 6, PAGE_SIZE), strict=True):
+        sequence.begin(Decode("coarse", torch.arange(10_000, 10_000 + length).numpy(), rule, 14))
+    for drawn in (1, 2):
+        for sequence in sequences:
+            sequence.grant(len(sequence.pending))
+        for sequence, tokens in zip(sequences, runner.step("coarse", sequences), strict=True):
+            sequence.take(tokens)
+        assert all(sequence.steps >= drawn for sequence in sequences)
 
 
 def test_a_key_stored_nowhere_is_noticed(suno_bark: Bark, monkeypatch) -> None:
