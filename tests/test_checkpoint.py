@@ -763,6 +763,17 @@ def test_what_the_hub_answers_is_no_missing_connection(status: int, unreachable:
     assert words in str(error) and "suno/bark" in str(error) and "\n" not in str(error)
 
 
+def test_a_mistyped_folder_is_not_told_of_the_hub_alone() -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    from bark_fast.checkpoint import hub
+
+    error = hub._translate(HFValidationError("no repository"), "models/bark")
+    assert "models/bark is not on the Hugging Face hub" in str(error) and "nor is there such a folder" in str(
+        error
+    )
+
+
 def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

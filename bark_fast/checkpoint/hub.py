@@ -50,8 +50,8 @@ def _translate(error: Exception, what: str) -> CheckpointError:
         return CheckpointError(f"{what} needs its licence accepted on huggingface.co and `hf auth login`")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return CheckpointError(
-            f"{what} is not on the Hugging Face hub, or is private (then `hf auth login`); published are "
-            f"suno/bark and suno/bark-small"
+            f"{what} is not on the Hugging Face hub, or is private (then `hf auth login`), nor is there such a "
+            f"folder here; published are suno/bark and suno/bark-small"
         )
     if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) < 500:
         remedy = {401: "run `hf auth login`, or unset HF_TOKEN", 403: "run `hf auth login` with an account "
