@@ -279,3 +279,39 @@ def test_rewinding_knows_the_order_of_steps() -> None:
     draws.at(3, lambda: torch.zeros(1))
     with pytest.raises(Exception, match="noise of step 5 was asked for where 4 comes next"):
         draws.at(5, lambda: torch.zeros(1))
+
+
+def drawn_ahead() -> tuple[HeldNoise, TorchNoise]:
+    """Noise whose first draw made a token and three more were made ahead, and plain noise after that token."""
+    noise, plain = HeldNoise(torch_noise()), torch_noise()
+    noise.token(RULE, 0, 1, 0)
+    plain.token(RULE, 0, 1, 0)
+    for step in range(1, 4):
+        noise.ahead(RULE, 0, 1, step)
+    return noise, plain
+
+
+def test_a_mark_is_where_the_tokens_are() -> None:
+    noise, plain = drawn_ahead()
+    mark = noise.mark()
+    assert mark is not None and mark.equal(plain.source_generator.get_state())
+
+
+def test_skipping_begins_where_the_tokens_are() -> None:
+    noise, plain = drawn_ahead()
+    for one in (noise, plain):
+        one.skip(RULE, 2)
+    assert noise.token(RULE, 0, 1, 3).equal(plain.token(RULE, 0, 1, 3))
+
+
+def test_codes_are_drawn_anew_for_another_number_of_rows() -> None:
+    noise, plain = drawn_ahead()
+    for rows in (8, 4):
+        assert noise.codes(0, 2, 0, rows, 16).equal(plain.codes(0, 2, 0, rows, 16))
+
+
+def test_steps_may_be_drawn_ahead_again_after_codes() -> None:
+    noise, plain = drawn_ahead()
+    noise.codes(0, 2, 7, 8, 16)
+    plain.codes(0, 2, 7, 8, 16)
+    assert noise.ahead(RULE, 0, 1, 1).equal(plain.token(RULE, 0, 1, 1))

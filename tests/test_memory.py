@@ -227,6 +227,11 @@ class TestOffload:
         assert module[2].weight.shape == (1, 3), "a part of it has a copy of its own"
         assert torch.equal(module[1].weight, before) and torch.equal(module[2].weight, before[:1])
 
+    def test_a_weight_and_its_transpose_are_not_taken_for_one(self):
+        weight = torch.arange(9.0).view(3, 3)
+        one, transposed, again = Offloader._copies([weight, weight.t(), weight], torch.clone)
+        assert one is again and one.equal(weight) and transposed.equal(weight.t())
+
     @staticmethod
     def tied():
         """Three layers of one weight: whole, whole, and its first row."""

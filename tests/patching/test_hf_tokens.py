@@ -9,6 +9,7 @@ from types import FunctionType
 import numpy as np
 import pytest
 import torch
+from engine_load import RULE
 from oracles import hf
 from patched_twins import both
 
@@ -413,6 +414,36 @@ def test_philox_draws_other_tokens_reproducibly(peer):
     torch.manual_seed(1)
     with bark_fast.patched(peer.model, rng="philox"):
         assert (call(peer.model)[: len(got)] != got[: len(call(peer.model))]).any()
+
+
+def test_philox_rows_of_one_prompt_part(peer):
+    """Each row has a seed of its own: copies of a text are readings to choose from."""
+    bound = bark_fast.patch(peer.model).coarse_acoustics.bound()
+    rows = decoding.Rows(decoding.Decoder("coarse", bound, 2), 2, "philox")
+    prompts = np.arange(10_000, 10_020)[None].repeat(2, axis=0)
+    one, other = (row.tokens.tolist() for row in rows.decode(prompts, RULE, 8))
+    assert len(one) == len(other) == 8 and one != other
+
+
+def test_a_batch_that_is_given_up_takes_back_what_it_drew_ahead(peer):
+    bound = bark_fast.patch(peer.model).coarse_acoustics.bound()
+    rows = decoding.Rows(decoding.Decoder("coarse", bound, 2), 2, "torch")
+    before = torch.get_rng_state()
+    for step in range(3):
+        rows.joint.row(1).ahead(RULE, 0, 1, step)
+    assert not torch.get_rng_state().equal(before)
+    rows.close()
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_context_is_filled_to_its_last_place(peer):
+    """The last token drawn is fed to nobody, so it needs no place."""
+    bound = bark_fast.patch(peer.model).coarse_acoustics.bound()
+    rows = decoding.Rows(decoding.Decoder("coarse", bound, 1), 1, "torch")
+    prompt = np.full((1, bound.model.config.block_size - 1), 10_000)
+    with pytest.raises(NotCovered, match="in a context of"):
+        rows.decode(prompt, RULE, 3)
+    assert len(rows.decode(prompt, RULE, 2)[0].tokens) == 2
 
 
 def test_engine_dtype_copies_once_and_follows_writes(peer):
