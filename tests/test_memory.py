@@ -85,6 +85,17 @@ class TestMaxMemory:
         ):
             Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=bound)
 
+    def test_of_models_that_take_turns_the_largest_counts(self, tiny_suno_dir, suno_bark):
+        runner = suno_bark.runner
+        modules = (*runner.models.values(), runner.fine_model, runner.codec)
+        largest = max(storage_bytes(module.parameters()) for module in modules)
+        bound = largest + least(suno_bark) - weights_of(suno_bark)
+        options = {"device": "cpu", "offload": True}
+        with pytest.raises(InvalidInput, match=f"give at least {bound},"):
+            Bark.from_pretrained(tiny_suno_dir, max_memory=bound - 1, **options)
+        one = Bark.from_pretrained(tiny_suno_dir, max_memory=bound, **options)
+        assert caches_of(one) == bound - largest
+
     @pytest.mark.parametrize("value", [0, -1, 1.5, "2GB", True])
     def test_values_that_make_no_sense(self, tiny_suno_dir, value):
         with pytest.raises(InvalidInput, match="max_memory is"):
@@ -139,6 +150,15 @@ class TestPlacement:
         monkeypatch.setattr(Mover, "move", full)
         with pytest.raises(InvalidInput, match=r"no memory for the weights \(.*2 GiB\.\); choose .*dtype"):
             Bark.from_pretrained(tiny_suno_dir, device="cpu")
+
+    def test_tied_weights_of_a_replica_stay_tied(self, tiny_suno_dir, monkeypatch):
+        checkpoint = load_checkpoint(tiny_suno_dir, device=torch.device("cpu"), dtype=torch.float32)
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor.clone())
+        copy = copied_to(checkpoint, torch.device("cpu"))
+        pair = (checkpoint, copy)
+        theirs, ours = ([t for part in one.weights.values() for t in part.values()] for one in pair)
+        assert storage_bytes(ours) == storage_bytes(theirs) < sum(t.numel() * t.element_size() for t in theirs)
+        assert {t.data_ptr() for t in ours}.isdisjoint(t.data_ptr() for t in theirs)
 
     def test_a_fault_is_no_lack_of_memory(self):
         assert is_of_memory(RuntimeError("CUDA out of memory"))
@@ -226,6 +246,15 @@ class TestOffload:
         assert module[0].weight.data_ptr() == module[1].weight.data_ptr() != place
         assert module[2].weight.shape == (1, 3), "a part of it has a copy of its own"
         assert torch.equal(module[1].weight, before) and torch.equal(module[2].weight, before[:1])
+
+    def test_weights_come_within_inference_mode(self, monkeypatch):
+        """As in a runner's step: what comes must be usable outside of it, too."""
+        module = torch.nn.Linear(3, 3)
+        offloader = Offloader({"one": module}, torch.device("cpu"))
+        monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+        with torch.inference_mode():
+            offloader.bring("one")
+        assert offloader.resident == "one" and not module.weight.data.is_inference()
 
     def test_a_weight_and_its_transpose_are_not_taken_for_one(self):
         weight = torch.arange(9.0).view(3, 3)

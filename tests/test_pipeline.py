@@ -27,6 +27,7 @@ from bark_fast import (
     TextTooLong,
 )
 from bark_fast.errors import EndedTooEarly
+from bark_fast.options import samples_of
 from bark_fast.progress import Progress, ProgressBar
 from bark_fast.stages import utterance
 from bark_fast.stages.semantic import max_tokens
@@ -72,6 +73,9 @@ class TestGenerate:
         one, two, other = (suno_bark.generate("One.", seed=s, max_seconds=0.4) for s in (5, 5, 6))
         assert np.array_equal(one.samples, two.samples)
         assert not np.array_equal(one.tokens.semantic, other.tokens.semantic)
+
+    def test_seeds_of_samples_go_on_from_the_largest_to_0(self):
+        assert samples_of(["One."], 3, 2**64 - 2) == (["One."] * 3, [2**64 - 2, 2**64 - 1, 0])
 
     def test_numpy_seeds_and_big_seeds_do(self, suno_bark):
         one = suno_bark.generate("One.", seed=np.int64(5), max_seconds=0.2)
