@@ -231,6 +231,16 @@ class TestProgress:
         assert "100%" in shown
         assert re.search(r"coarse \d+/\d+, \d+ tokens/s, real-time factor \d", shown)
 
+    def test_the_bar_of_a_call_that_fails_is_not_filled(self, suno_bark, capsys, monkeypatch):
+        def fail(*_):
+            raise GenerationError("broken")
+
+        monkeypatch.setattr(suno_bark.scheduler, "run", fail)
+        with pytest.raises(GenerationError):
+            suno_bark.generate("One.", progress=True)
+        shown = capsys.readouterr().err
+        assert "0%" in shown and "100%" not in shown
+
     def test_the_bar_never_passes_its_end(self, suno_bark, monkeypatch):
         """tqdm would warn on the screen; rounding of the shares must not get there."""
         filled = []
@@ -312,6 +322,13 @@ class TestBadInput:
     def test_an_unknown_keyword_is_named(self, suno_bark):
         with pytest.raises(TypeError, match="temperature"):
             suno_bark.generate("One.", temperature=0.7)
+
+    def test_one_hf_batch_is_as_large_as_max_batch_at_most(self, hf_bark, monkeypatch):
+        monkeypatch.setattr(hf_bark, "max_batch", 2)
+        options = {"rng": "torch", "seed": 0, "max_seconds": 0.1}
+        assert len(hf_bark.generate(["One."] * 2, **options)) == 2
+        with pytest.raises(InvalidInput, match=r"3 texts in one Hugging Face batch.* max_batch=2"):
+            hf_bark.generate(["One."] * 3, **options)
 
     def test_long_form_cannot_be_one_hf_batch(self, hf_bark):
         with pytest.raises(InvalidInput, match="long_form=True"):
