@@ -293,6 +293,23 @@ class TestAgenerate:
         wait_for_idle()
         assert held(suno_bark) == NOTHING
 
+    def test_an_unknown_rng_is_named(self, suno_bark):
+        with pytest.raises(InvalidInput, match="rng is 'mersenne'"):
+            asyncio.run(suno_bark.agenerate("One.", seed=0, rng="mersenne"))
+
+    def test_a_callback_that_raised_is_not_called_again(self, suno_bark):
+        calls = []
+
+        def boom(event):
+            calls.append(event)
+            time.sleep(0.1)  # while further events come in
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(suno_bark.agenerate("One.", seed=0, progress=boom, **SHORT))
+        assert len(calls) == 1
+        wait_for_idle()
+
     def test_generate_in_another_thread_shares_the_model(self, suno_bark, alone):
         async def both():
             call = asyncio.create_task(suno_bark.agenerate(TEXTS[0], seed=0, **SHORT))

@@ -17,7 +17,7 @@ from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken
 from bark_fast import Bark, InvalidInput
 from bark_fast.device import pick_replicas
 from bark_fast.engine.replicas import Replicas
-from bark_fast.engine.scheduler import Limits, Scheduler, Utterance
+from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Utterance
 from bark_fast.engine.worker import Worker
 from bark_fast.ops.noise import PhiloxNoise
 
@@ -311,6 +311,22 @@ def test_awaiting_and_calling_at_once(suno_bark, load):
     for worker in pair.engine.workers:
         worker.settle()
     assert not pair.leaks()
+
+
+def test_news_for_a_loop_that_is_closed_end_no_thread(suno_bark):
+    """The worker may be about to tell a caller whose event loop ends meanwhile."""
+    worker, told = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
+    worker.submit = lambda party, ended, observer: told.extend((ended, observer))
+
+    async def leave():
+        task = asyncio.create_task(worker.outcome(Utterance(iter(()), PhiloxNoise(0, CPU)), print))
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    asyncio.run(leave())
+    ended, observer = told
+    ended(Outcome(0))
+    observer(0, None, 1)
 
 
 def test_noise_is_drawn_where_it_is_used(suno_bark):
