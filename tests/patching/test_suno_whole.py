@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import inspect
@@ -23,8 +24,9 @@ from suno_cases import REPLACED, TEXT, both, codes, equal, everything, speech
 
 import bark_fast
 from bark_fast import GenerationError, NotCovered
+from bark_fast.patching import suno_engine
 from bark_fast.patching.suno_engine import autocast_dtype
-from bark_fast.patching.swap import STATE
+from bark_fast.patching.swap import STATE, Policy
 
 
 @pytest.mark.parametrize("member", ["bark", "bark.api", "bark.generation"])
@@ -237,6 +239,30 @@ def test_models_with_something_more_are_left_alone(generation):
             equal(*both(generation, "generate_coarse", speech(4), strict=False))
     finally:
         model.transformer.h[0].mlp.c_fc.bias = None
+
+
+@pytest.mark.parametrize("short_of", ["input_vocab_size", "output_vocab_size", "block_size"])
+def test_a_model_too_small_for_its_stage_is_not_covered(generation, monkeypatch, short_of):
+    sizes = {"input_vocab_size": 12_096, "output_vocab_size": 12_048, "block_size": 1024}
+    config = suno_engine.config_of(generation.models["coarse"])
+    models, policy = suno_engine.SunoModels(generation), Policy(True, None, "torch", False)
+    small = dataclasses.replace(config, **{short_of: sizes[short_of] - 1})
+    monkeypatch.setattr(suno_engine, "config_of", lambda _: small)
+    ids, rows = sizes["input_vocab_size"], sizes["output_vocab_size"]
+    with pytest.raises(NotCovered, match="too small"), models.using("coarse", ids, rows, policy):
+        pass
+
+
+def test_blocks_of_another_width_are_not_covered(generation):
+    attn = generation.models["coarse"].transformer.h[1].attn
+    for name in ("n_head", "n_embd"):
+        before = getattr(attn, name)
+        setattr(attn, name, 2 * before)
+        try:
+            with pytest.raises(NotCovered, match="blocks that differ"):
+                suno_engine.config_of(generation.models["coarse"])
+        finally:
+            setattr(attn, name, before)
 
 
 def test_autocast_is_left_to_the_original(generation):
