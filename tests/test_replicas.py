@@ -258,6 +258,32 @@ def test_after_a_death_nobody_waits_for_what_it_took_along(suno_bark, load, monk
     assert [outcome.error is None for outcome in ended] == [False, False, True]
 
 
+def test_what_was_ordered_before_a_death_is_not_begun_after_it(suno_bark, load, monkeypatch):
+    scheduler = Scheduler(SmallRunner(suno_bark.runner))
+    worker, ended, begun = Worker(scheduler), [], []
+
+    def beginning():
+        begun.append(1)
+        yield from ()
+
+    def dying():
+        worker.submit({5: Utterance(beginning(), PhiloxNoise(0, CPU))}, ended.append)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda args: None)
+        patch.setattr(scheduler.rounds, "round", dying)
+        worker.submit({0: jobs(singles(load, 1))[0]}, ended.append)
+        for thread in threading.enumerate():
+            if thread.name == "bark-fast":
+                thread.join(20)
+    assert not worker.under_way
+    worker.submit({7: jobs(singles(load, 1))[0]}, ended.append)
+    while worker.under_way:
+        time.sleep(0.01)
+    assert not begun and [outcome.error is None for outcome in ended] == [False, False, True]
+
+
 def test_giving_up_in_the_midst_of_handing_over(suno_bark, load):
     """As when an iterator is collected while its worker's lock is held."""
     worker, ended = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
