@@ -284,6 +284,21 @@ def test_what_was_ordered_before_a_death_is_not_begun_after_it(suno_bark, load, 
     assert not begun and [outcome.error is None for outcome in ended] == [False, False, True]
 
 
+def test_the_interpreter_waits_for_a_workers_thread(suno_bark, load):
+    """Whoever started it, be it a daemon, which its children else are too."""
+    worker, kinds = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
+
+    def hand_over():
+        party = dict(enumerate(jobs(singles(load, 1))))
+        worker.submit(party, lambda _: kinds.append(threading.current_thread().daemon))
+
+    threading.Thread(target=hand_over, daemon=True).start()
+    deadline = time.monotonic() + 20
+    while not kinds and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert kinds == [False]
+
+
 def test_giving_up_in_the_midst_of_handing_over(suno_bark, load):
     """As when an iterator is collected while its worker's lock is held."""
     worker, ended = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
