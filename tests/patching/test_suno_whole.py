@@ -305,6 +305,39 @@ def test_progress_bars_have_sunos_totals(generation, monkeypatch, silent):
         assert ours == theirs == [(False, 100, 100), (False, 3, 3), (False, 2, 2)]
 
 
+def test_a_bar_is_closed_where_its_stage_fails(generation, monkeypatch):
+    def fail(*_):
+        raise ValueError("broken")
+
+    bars = Bars(io.StringIO())
+    with bark_fast.patched(generation, strict=True), monkeypatch.context() as patch:
+        patch.setattr(generation, "tqdm", bars)
+        generation.generate_coarse(speech(4))
+        patch.setattr(generation.__dict__[STATE].stages.models.held["coarse"].runner, "step", fail)
+        with pytest.raises(ValueError, match="broken"):
+            generation.generate_coarse(speech(4))
+    assert [bar.disable for _, bar in bars.made] == [True, True]  # as tqdm's are once they are closed
+
+
+def test_each_stage_gives_cached_memory_back_as_sunos_does(generation, monkeypatch):
+    cleared = []
+
+    def cleared_by_each():
+        for name, argument in (("text_semantic", TEXT), ("coarse", speech(4)), ("fine", codes(2, 9))):
+            options = {"max_gen_duration_s": 0.1} if name == "text_semantic" else {}
+            getattr(generation, f"generate_{name}")(argument, silent=True, **options)
+            cleared.append(name)
+        found, cleared[:] = list(cleared), []
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "_clear_cuda_cache", lambda: cleared.append("cleared"))
+        theirs = cleared_by_each()
+        with bark_fast.patched(generation, strict=True):
+            assert cleared_by_each() == theirs
+    assert theirs.count("cleared") >= 3
+
+
 def test_an_error_leaves_no_pages_and_the_next_call_works(generation, monkeypatch):
     torch.manual_seed(0)
     theirs = generation.generate_coarse(speech(), silent=True)
