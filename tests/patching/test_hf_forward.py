@@ -228,6 +228,19 @@ def test_fine_errors_are_theirs(model):
         model.fine_acoustics(3)
 
 
+@torch.no_grad()
+def test_more_codes_than_the_fine_context_are_their_error(model):
+    codes = torch.zeros(1, model.fine_acoustics.config.block_size + 1, 8, dtype=torch.int64)
+
+    def fault(model):
+        with pytest.raises(Exception) as error:
+            model.fine_acoustics(3, codes)
+        return error.type, str(error.value)
+
+    expected, got = both(model, fault)
+    assert got == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", ["semantic", "fine_acoustics"])
 @torch.no_grad()
@@ -325,6 +338,16 @@ def test_gradients_come_from_the_original(model, frozen):
         expected, got = both(model, call)
     assert len(expected) == len(got) > 10
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_gradients_of_either_half_of_a_cache_are_noticed(which):
+    cache = DynamicCache()
+    for layer in range(2):
+        learned = which if layer else ""
+        halves = (torch.zeros(1, 2, 3, 8, requires_grad=name == learned) for name in ("keys", "values"))
+        cache.update(*halves, layer)
+    assert [hf_layers._learns(None, cache, layer) for layer in (0, 1, 2)] == [False, True, False]
 
 
 def test_gradients_of_what_was_given_come_from_the_original(model):

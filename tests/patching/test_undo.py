@@ -475,10 +475,11 @@ def test_compiled_models_speak_alike(peer, when, compiled):
     assert same(spoken(peer), expected)
 
 
-def test_a_hook_on_a_model_is_reported(model):
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_a_model_is_reported(model, register):
     """As a call finds it."""
     bark_fast.patch(model)
-    handle = model.coarse_acoustics.register_forward_hook(lambda *_: None)
+    handle = getattr(model.coarse_acoustics, register)(lambda *_: None)
     left = {entry.name: entry.what for entry in bark_fast.patch_report(model).left}
     assert "a model with a hook" in left["coarse_acoustics"] and "semantic" not in left
     handle.remove()
