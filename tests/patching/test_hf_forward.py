@@ -228,6 +228,23 @@ def test_fine_errors_are_theirs(model):
         model.fine_acoustics(3)
 
 
+@pytest.mark.parametrize(("name", "value"), [("output_hidden_states", True), ("return_dict", False)])
+@pytest.mark.usefixtures("no_decline")
+@torch.no_grad()
+def test_what_the_configuration_asks_of_the_fine_model(model, name, value):
+    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
+    setattr(model.fine_acoustics.config, name, value)
+    close(*both(model, lambda model: model.fine_acoustics(3, codes)))
+
+
+@torch.no_grad()
+def test_fine_logits_have_the_dtype_of_the_model_whatever_the_engines(model):
+    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
+    expected, got = both(model, lambda model: model.fine_acoustics(3, codes).logits, dtype="bfloat16")
+    assert got.dtype == expected.dtype == torch.float32
+    assert 0 < (got - expected).abs().max() < 0.1
+
+
 @torch.no_grad()
 def test_more_codes_than_the_fine_context_are_their_error(model):
     codes = torch.zeros(1, model.fine_acoustics.config.block_size + 1, 8, dtype=torch.int64)
