@@ -446,6 +446,19 @@ def test_models_that_suno_frees_are_free(generation):
         assert not held and weight() is None and runner() is None
 
 
+@pytest.mark.parametrize("then", ["no engine", "undone"])
+def test_pages_are_kept_only_while_the_engine_is_asked_for(generation, then):
+    bark_fast.patch(generation, strict=True)
+    generation.generate_coarse(speech(4), silent=True)
+    held = generation.__dict__[STATE].stages.models.held
+    assert held
+    if then == "undone":
+        bark_fast.unpatch(generation)
+    else:
+        bark_fast.patch(generation, engine=False)
+    assert not held
+
+
 def test_calls_in_and_out_of_inference_mode(generation):
     with bark_fast.patched(generation, strict=True, dtype="bfloat16"):
         with torch.inference_mode():

@@ -488,6 +488,17 @@ def test_a_hook_on_a_model_is_reported(model, register):
     assert left["semantic"] == "a model whose forward was replaced" and "coarse_acoustics" not in left
 
 
+def test_a_hook_within_a_layer_is_reported(model):
+    bark_fast.patch(model)
+    handle = model.semantic.layers[1].mlp.in_proj.register_forward_hook(lambda *_: None)
+    left = {entry.name for entry in bark_fast.patch_report(model).left}
+    assert {"semantic", "semantic.layers.1"} <= left and "semantic.layers.0" not in left
+    handle.remove()
+    model.semantic.layers[0].mlp.register_forward_pre_hook(lambda *_: None)
+    left = {entry.name for entry in bark_fast.patch_report(model).left}
+    assert {"semantic", "semantic.layers.0"} <= left and "semantic.layers.1" not in left
+
+
 @pytest.mark.parametrize(
     "error",
     [
