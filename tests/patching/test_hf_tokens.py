@@ -446,6 +446,17 @@ def test_a_context_is_filled_to_its_last_place(peer):
     assert len(rows.decode(prompt, RULE, 2)[0].tokens) == 2
 
 
+def test_a_call_leaves_only_what_the_next_can_use(peer):
+    """No prompt, which would pass for that of another call, and no windows' pages."""
+    model = bark_fast.patch(peer.model)
+    peer.speak(TEXTS[:1], semantic_max_new_tokens=4)
+    for part in (model.semantic, model.coarse_acoustics):
+        cache = part._fast.cache
+        assert cache.keys() == {"bound", "decoder"}
+        stats = cache["decoder"].runner.pools[part.stage].pool.stats()
+        assert (stats.sequences, stats.pages_used) == (0, 0)
+
+
 def test_engine_dtype_copies_once_and_follows_writes(peer):
     """Weights of another dtype are a copy: the report counts it, and later writes to the original reach it."""
     model = peer.model

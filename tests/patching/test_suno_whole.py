@@ -204,6 +204,7 @@ LEFT = [
     ("generate_coarse", (speech(5).astype(float),), {}, "float64"),
     ("generate_coarse", (speech(5),), {"sliding_window_len": np.int64(30)}, "sliding_window_len"),
     ("generate_fine", (codes(2, 5).astype(float),), {}, "float64"),
+    ("generate_coarse", ((speech(5) % 200).astype(np.uint8),), {}, "uint8"),
 ]
 
 
