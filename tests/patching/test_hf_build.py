@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerationMixin
 import bark_fast
 from bark_fast.errors import InvalidInput
 from bark_fast.patching import hf_build
+from bark_fast.patching.shared import why_not_plain
 from bark_fast.patching.swap import Policy
 
 SHORT = {"semantic_max_new_tokens": 12}
@@ -188,6 +189,14 @@ def test_a_class_of_theirs_that_somebody_changed(peer, monkeypatch, part, name):
     with pytest.warns(RuntimeWarning, match=f"whose {name} was replaced"):
         spoken(peer)
     assert len(calls) > 10
+
+
+def test_layers_of_torch_with_options_of_their_own():
+    """An embedding that renormalises its rows writes to them; LayerNorm's eps is a constant of ours."""
+    for plain in (nn.Embedding(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)):
+        assert why_not_plain(plain) is None
+    assert why_not_plain(nn.Embedding(4, 4, max_norm=1.0)) == "which renormalises its rows"
+    assert why_not_plain(nn.LayerNorm(4, eps=1e-6)) == "whose eps is 1e-06"
 
 
 def test_the_causal_mask_is_read_once(model, monkeypatch):
