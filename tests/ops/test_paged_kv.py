@@ -431,6 +431,11 @@ def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
             paged_kv.copy_pages(k_pages, v_pages, wrong)
         with pytest.raises(ValueError, match="pairs"):
             paged_kv.swap_pages(k_pages, v_pages, wrong)
+    across = torch.tensor([[0, 3]], dtype=torch.int32)  # each cache has its own number of pages
+    with pytest.raises(ValueError, match="3"):
+        paged_kv.swap_pages(k_pages, v_pages[:3], across)
+    with pytest.raises(ValueError, match="3"):
+        paged_kv.swap_pages(k_pages[:3], v_pages, across.flip(1))
     table = torch.tensor([0, 4], dtype=torch.int32)
     out = torch.full((12, 20, 64), 7.0)
     with pytest.raises(ValueError, match=r"block_table\[1\] is 4; "):
@@ -515,20 +520,28 @@ def test_a_traced_function_calls_the_operators() -> None:
     assert torch.equal(traced, expected)
 
 
-def test_plain_torch_says_the_same_of_a_wrong_table() -> None:
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("block_table", (1, 2), 99, r"block_table\[2\] is 99; expected a value in \[0, 9\)"),
+        ("lengths", (1,), 65, r"lengths\[1\] is 65; expected a value in \[0, 65\)"),
+        ("lengths", (0,), -3, r"lengths\[0\] is -3; "),
+        ("query_starts", (0,), 1, r"query_starts is \[1, 1, 4\]; expected 0 to 4, not decreasing"),
+        ("query_starts", (1,), 7, r"query_starts is \[0, 7, 4\]; "),
+        ("query_starts", (2,), 3, r"query_starts is \[0, 1, 3\]; "),
+    ],
+)
+def test_plain_torch_says_the_same_of_a_wrong_table(
+    name: str, index: tuple[int, ...], value: int, message: str
+) -> None:
     batch = make_batch([20, 60], [1, 3])
-    table = with_entry(batch.block_table, (1, 2), 99)
-    with pytest.raises(ValueError, match=r"block_table\[2\] is 99; expected a value in \[0, 9\)"):
-        fallback.paged_attention(
-            batch.query,
-            batch.k_pages,
-            batch.v_pages,
-            table,
-            batch.lengths,
-            batch.query_starts,
-            batch.out(),
-            0.125,
-        )
+    names = ("query", "k_pages", "v_pages", "block_table", "lengths", "query_starts")
+    arguments = dict(zip(names, batch.arguments(), strict=True))
+    arguments[name] = with_entry(arguments[name], index, value)
+    out = torch.full((4, 768), 7.0)
+    with pytest.raises(ValueError, match=message):
+        fallback.paged_attention(**arguments, out=out, scale=0.125)
+    assert (out == 7).all()
 
 
 @pytest.fixture

@@ -343,6 +343,15 @@ class TestBoundaries:
             with prefer(backend):  # type: ignore[arg-type]
                 assert ops.sample(logits, noise, rule, 3).item() == expected
 
+    @pytest.mark.parametrize("dialect", ["suno", "hf"])
+    def test_eos_is_the_column_the_caller_names(self, backend: str, dialect: str) -> None:
+        """Not the row of the head, which the rule has; without such a column nothing is forced."""
+        logits, noise = torch.zeros(1, 4), torch.tensor([[0.1, 1.0, 1.0, 1.0]])
+        rule = SamplingRule(dialect, ((20, 24),), 24, temperature=1.0, min_eos_p=0.2, eos_token=23)  # type: ignore[arg-type]
+        for column, expected in ((3, 3), (2, 2), (None, 0)):
+            with prefer(backend):  # type: ignore[arg-type]
+                assert ops.sample(logits, noise, rule, column).item() == expected
+
     def test_argmax_takes_the_first_of_equals(self, backend: str) -> None:
         logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [-0.0, 0.0, -3.0, 0.0]])
         for dialect in ("suno", "hf"):
@@ -366,6 +375,16 @@ class TestBoundaries:
         assert clean_flag.item() == 0 and flag.item() == 1
         assert got[[1, 3]].tolist() == [INVALID_TOKEN] * 2
         assert torch.equal(got[[0, 2, 4]], clean[[0, 2, 4]]) and (clean >= 0).all()
+
+    def test_a_flag_once_set_stays_set(self, backend: str) -> None:
+        """A burst looks at it once, after steps of which only some went wrong."""
+        rows, flag = pack_rules([GREEDY]).expand(2), torch.zeros(1, dtype=torch.int32)
+        x = torch.zeros(2, 50)
+        x[1, 4] = torch.nan
+        with prefer(backend):  # type: ignore[arg-type]
+            for logits in (x, torch.zeros(2, 50)):
+                ops.sample_rows(logits, rows, flag=flag)
+                assert flag.item() == 1
 
     def test_codes(self, backend: str) -> None:
         x, q = logits_of(9, 16), noise_of(9, 16)
@@ -402,14 +421,21 @@ def test_rows_of_different_rules_steps_and_seeds_share_a_launch() -> None:
         scores, eos = logits[row, None, low:high], rule.eos_token
         with prefer("torch"):
             assert expected[row] == low + ops.sample(scores, noise[None], rule, eos)
-    with prefer("triton"):
-        assert torch.equal(ops.sample_rows(logits, rows, places), expected)
-        # logits that start at row 2 of the head, strided: the semantic window is not within
-        expected[[1, 4]] = INVALID_TOKEN
-        assert torch.equal(ops.sample_rows(logits[:, 2:], rows, places, logits_low=2), expected)
-        # and logits that end at row 40: the second coarse window does not
-        short = ops.sample_rows(logits[:, :40], rows, places)
-        assert (short == INVALID_TOKEN).tolist() == [False, False, True, False, False, True]
+    outside, broken = expected.clone(), logits.clone()
+    outside[[1, 4]], broken[2, 35] = INVALID_TOKEN, torch.nan
+    for backend in ("torch", "triton"):
+        with prefer(backend):  # type: ignore[arg-type]
+            assert torch.equal(ops.sample_rows(logits, rows, places), expected)
+            # logits that start at row 2 of the head, strided: the semantic window is not within
+            assert torch.equal(ops.sample_rows(logits[:, 2:], rows, places, logits_low=2), outside)
+            # and logits that end at row 40: the second coarse window does not
+            for low in (0, 2):
+                short = ops.sample_rows(logits[:, low:40], rows, places, logits_low=low)
+                beyond = [False, low > 0, True, False, low > 0, True]
+                assert (short == INVALID_TOKEN).tolist() == beyond
+            # an invalid row says so wherever its window begins
+            invalid = ops.sample_rows(broken, rows, places)
+            assert (invalid == INVALID_TOKEN).tolist() == [False, False, True, False, False, False]
 
 
 def test_a_row_draws_the_same_token_at_any_place_of_any_batch() -> None:
