@@ -51,7 +51,8 @@ def _embed(ids: Tensor, positions: Tensor, tokens: Tensor, places: Tensor, extra
         return summed
     x = embedding(ids, tokens)
     if extra_ids is not None:
-        x = x + embedding(extra_ids.clamp(min=0), tokens) * (extra_ids != NO_TOKEN)[:, None]
+        none = extra_ids == NO_TOKEN
+        x = x + embedding(extra_ids.masked_fill(none, 0), tokens).masked_fill(none[:, None], 0)
     return x + embedding(positions, places)
 
 

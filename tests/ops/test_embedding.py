@@ -106,6 +106,13 @@ def test_ids_outside_a_table_become_nan_in_that_row_alone(outside: tuple[int, in
     assert got[0].isfinite().all() and got[2].isfinite().all()
 
 
+@pytest.mark.parametrize("outside", [*OUTSIDE, (1, 1, -2)])
+def test_ids_outside_a_table_are_errors_of_torch(outside: tuple[int, int, int]) -> None:
+    ids, positions, extra = (torch.tensor([0, value, 1]) for value in outside)
+    with prefer("torch"), pytest.raises(IndexError):
+        ops.embed(ids, positions, torch.ones(10, 4), torch.ones(7, 4), extra)
+
+
 @interpreted
 def test_no_rows() -> None:
     pytest.importorskip("triton")
