@@ -279,7 +279,7 @@ def _copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
             return fallback.copy_pages(k_pages, v_pages, pairs)
         from bark_fast.kernels import paged_kv as kernels
 
-        fallback.check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+        fallback.check_copy(k_pages, v_pages, pairs)
         kernels.copy_pages(k_pages, v_pages, pairs)
         return None
     module.copy_pages(k_pages, v_pages, pairs, torch.get_num_threads(), _stream(k_pages))

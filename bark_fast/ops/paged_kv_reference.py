@@ -177,9 +177,15 @@ def append_attention(
     paged_attention(query, k_pages, v_pages, block_table, lengths, query_starts, out, scale)
 
 
+def check_copy(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
+    """Raise ValueError unless dtypes and shapes fit one another."""
+    check_match("v_pages", v_pages, k_pages.dtype, tuple(k_pages.shape))
+    check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+
+
 def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     """See `paged_kv.copy_pages`."""
-    check_match("pairs", pairs, torch.int32, (len(pairs), 2))
+    check_copy(k_pages, v_pages, pairs)
     check_values("pairs", pairs, 0, len(k_pages))
     for source, destination in pairs.tolist():
         for pages in (k_pages, v_pages):

@@ -431,6 +431,11 @@ def test_append_and_copies_refuse_before_they_write(isa: str) -> None:
             paged_kv.copy_pages(k_pages, v_pages, wrong)
         with pytest.raises(ValueError, match="pairs"):
             paged_kv.swap_pages(k_pages, v_pages, wrong)
+    within = torch.tensor([[0, 1], [0, 3]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"v_pages has shape \(3, "):
+        paged_kv.copy_pages(k_pages, v_pages[:3], within)
+    with pytest.raises(ValueError, match=r"v_pages is (torch\.)?float16"):
+        paged_kv.copy_pages(k_pages, v_pages.half(), within)
     across = torch.tensor([[0, 3]], dtype=torch.int32)  # each cache has its own number of pages
     with pytest.raises(ValueError, match="3"):
         paged_kv.swap_pages(k_pages, v_pages[:3], across)
