@@ -11,6 +11,8 @@ NO_MIN_EOS_P = float("inf")
 """In `RuleFloat.MIN_EOS_P`: no probability forces EOS."""
 NO_TOP_P = -1.0
 """In `RuleFloat.TOP_P`: nothing is cut."""
+MOST_TOP_K = 2**31 - 1
+"""In `RuleInt.TOP_K`: what a larger one is written as; no head is as wide."""
 
 
 class RuleInt(IntEnum):

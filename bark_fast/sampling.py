@@ -16,6 +16,8 @@ from bark_fast.numeric import is_number, is_whole
 
 Dialect = Literal["suno", "hf"]
 DIALECTS: tuple[Dialect, ...] = ("suno", "hf")
+HOTTEST = 1e38
+"""Highest temperature. Logits are divided in fp32, where one beyond its range is infinite and gives NaN."""
 
 
 class Inherit(Enum):
@@ -40,7 +42,7 @@ def _number(name: str, value: object, bound: str) -> float:
 class SamplingParams:
     """How one stage draws its tokens. A parameter left out keeps the checkpoint's default.
 
-    temperature: > 0 divides the logits; None or 0 is greedy (argmax).
+    temperature: > 0 (1e-6 to 1e38) divides the logits; None or 0 is greedy (argmax).
     top_k: keep the k highest logits (ties kept); None keeps all.
     top_p: keep the smallest set whose probability reaches top_p, 0 < top_p <= 1; None keeps all.
     min_eos_p: semantic stage only, 0 < min_eos_p <= 1: end once EOS is at least this likely; None never forces.
@@ -57,6 +59,8 @@ class SamplingParams:
                 raise InvalidInput(f"temperature is {self.temperature!r}; it must be at least 0 (0 is greedy)")
             if 0 < self.temperature < 1e-6:
                 raise InvalidInput(f"temperature is {self.temperature!r}; below 1e-6 use 0, which is greedy")
+            if self.temperature > HOTTEST:
+                raise InvalidInput(f"temperature is {self.temperature!r}; it must be at most {HOTTEST:g}")
         if not isinstance(self.top_k, Inherit) and self.top_k is not None:
             if not is_whole(self.top_k) or self.top_k < 1:
                 raise InvalidInput(f"top_k is {self.top_k!r}; it must be an integer of at least 1, or None")

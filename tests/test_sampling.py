@@ -189,13 +189,23 @@ class TestParams:
         params = SamplingParams(temperature=temperature).over(suno_defaults().coarse)
         assert make_rule(params, "suno", ((0, 1),), 1).greedy
 
+    @pytest.mark.parametrize("temperature", [1e-6, 1e38])
+    @pytest.mark.parametrize("dialect", ["suno", "hf"])
+    def test_at_the_ends_of_temperature_what_is_cut_stays_cut(self, dialect, temperature):
+        params = SamplingParams(temperature=temperature, top_k=1).over(suno_defaults().coarse)
+        x, q = rows(50), noise(50)
+        got = sample(x, q, make_rule(params, dialect, ((0, WIDTH),), WIDTH), None)
+        assert (x.gather(1, got[:, None])[:, 0] == x.amax(-1)).all()
+
     def test_it_is_frozen_and_takes_no_unknown_keyword(self):
         with pytest.raises(AttributeError):
             SamplingParams().top_k = 3
         with pytest.raises(TypeError, match="temp"):
             SamplingParams(temp=0.5)
 
-    @given(value=st.floats(max_value=-1e-300) | st.sampled_from([math.nan, math.inf, "1", True, [0.5], 1e-9]))
+    @given(
+        value=st.floats(max_value=-1e-300) | st.sampled_from([math.nan, math.inf, "1", True, [0.5], 9e-7, 1e39])
+    )
     def test_a_bad_temperature_is_refused_in_one_line(self, value):
         with pytest.raises(InvalidInput, match=r"temperature is .*; ") as caught:
             SamplingParams(temperature=value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bark_fast.errors import InvalidInput
-from bark_fast.rule_layout import NO_MIN_EOS_P, NO_TOP_P, RuleFloat, RuleInt
+from bark_fast.rule_layout import MOST_TOP_K, NO_MIN_EOS_P, NO_TOP_P, RuleFloat, RuleInt
 from bark_fast.sampling import DIALECTS, SamplingRule
 
 
@@ -46,7 +46,7 @@ def rule_row(rule: SamplingRule) -> tuple[list[int], list[float]]:
     no_eos = rule.eos_token is None or rule.min_eos_p is None
     integers = [
         DIALECTS.index(rule.dialect), int(rule.greedy), len(rule.windows), low0, high0, low1, high1,
-        -1 if rule.eos_token is None else rule.eos_token, rule.top_k or 0,
+        -1 if rule.eos_token is None else rule.eos_token, min(rule.top_k or 0, MOST_TOP_K),
     ]  # fmt: skip
     min_eos_p = NO_MIN_EOS_P if no_eos or rule.min_eos_p is None else rule.min_eos_p
     return integers, [rule.temperature, top_p, min_eos_p]

@@ -496,6 +496,16 @@ def test_a_rule_comes_back_from_its_row(dialect: str, values: dict[str, Any]) ->
         )
 
 
+def test_a_top_k_beyond_any_head_keeps_everything() -> None:
+    """It may be too large for the int32 column that holds it."""
+    x, q = logits_of(20), noise_of(20, WIDTH)
+    everything, huge = (rule_of("suno", top_k=k) for k in (WIDTH, 2**31))
+    for backend in ("torch", "triton"):
+        with prefer(backend):  # type: ignore[arg-type]
+            drawn = ops.sample_rows(x, pack_rules([huge]).expand(20), noise=q)
+            assert torch.equal(drawn, ops.sample(x, q, everything, WIDTH - 1))
+
+
 def test_no_rows() -> None:
     rows = pack_rules([GREEDY]).expand(0)
     for backend in ("torch", "triton"):
