@@ -93,6 +93,14 @@ class TestPhiloxNoise:
             expected = PhiloxNoise(7, CPU).codes(chunk, stream, step, 1, high - low)[0]
             assert torch.equal(noise.token(rule, chunk, stream, step), expected)
 
+    @pytest.mark.parametrize("width", [8, 4096, 20_000])
+    def test_noise_drawn_ahead_of_a_narrow_window_is_not_given_for_a_wider_one(self, width):
+        """Nor is a window too wide for what is drawn ahead."""
+        noise = PhiloxNoise(7, CPU)
+        for size in (width, 2 * width, width):
+            rule = SamplingRule("suno", ((0, size),), size, temperature=1.0)
+            assert torch.equal(noise.token(rule, 0, 1, 0), PhiloxNoise(7, CPU).codes(0, 1, 0, 1, size)[0])
+
     def test_seed_chunk_stream_step_and_row_all_count(self):
         base = PhiloxNoise(7, CPU).codes(0, 3, 10, 2, 64)
         others = [
