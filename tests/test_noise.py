@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bark_fast import extension
+from bark_fast.audio import Tokens
+from bark_fast.config import Layout
 from bark_fast.errors import InvalidInput
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise, philox4x32
 from bark_fast.ops.sampling import race
-from bark_fast.sampling import SamplingRule
+from bark_fast.sampling import SamplingRule, suno_defaults
+from bark_fast.stages.request import Options
+from bark_fast.stages.utterance import utterance
+from bark_fast.work import Decoded, FinePass, Vocode
 
 CPU = torch.device("cpu")
 SUNO = SamplingRule("suno", ((0, 100),), 120, temperature=1.0)
@@ -129,6 +134,32 @@ class TestPhiloxNoise:
     def test_a_bad_seed_is_refused(self, seed):
         with pytest.raises(InvalidInput, match=r"seed is .*0 to 2"):
             PhiloxNoise(seed, CPU)
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("past", [0, 40, 600])
+def test_no_two_draws_of_an_utterance_have_one_place(past, chunk):
+    """Chunk, stage, codebook and step of everything drawn, over three fine windows where the voice is long."""
+    options = Options(Layout(), "suno", suno_defaults(), 10_048, 12_096)
+    fine = np.zeros((8, past), dtype=np.int64)
+    voice = Tokens(fine[0, : past * 2 // 3], fine[:2], fine) if past else None
+    stage, answer, places = utterance(np.arange(5), voice, options, chunk), None, []
+    while True:
+        try:
+            work = stage.send(answer)
+        except StopIteration:
+            break
+        assert work.chunk == chunk
+        if isinstance(work, Vocode):
+            answer = np.zeros(320 * work.codes.shape[1], dtype=np.float32)
+        elif isinstance(work, FinePass):
+            answer = np.zeros(len(work.codes) - work.start, dtype=np.int64)
+            places += [(work.codebook, work.first_step + row) for row in range(len(answer))]
+        else:
+            low = 10_000 if work.model == "coarse" else 0
+            answer = Decoded(np.full(work.max_new_tokens, low), work.max_new_tokens)
+            places += [(work.model, work.first_step + row) for row in range(work.max_new_tokens)]
+    assert len(set(places)) == len(places) > 6 * 1154
 
 
 class TestTorchNoise:
