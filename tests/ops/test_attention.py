@@ -242,8 +242,9 @@ def test_wrong_arguments_are_named(backend: str) -> None:
             ops.attention(**good, causal=True, lengths=torch.ones(2))
         with pytest.raises(InvalidInput, match=r"key_mask has shape \(2, 4\)"):
             ops.attention(**good, causal=True, key_mask=torch.ones(2, 4, dtype=torch.bool))
-        with pytest.raises(InvalidInput, match="scale is -1"):
-            ops.attention(**good, causal=True, scale=-1.0)
+        for scale in (-1.0, 0.0, float("nan")):
+            with pytest.raises(InvalidInput, match=f"scale is {scale}; it must be positive"):
+                ops.attention(**good, causal=True, scale=scale)
 
 
 def test_what_only_torch_computes_is_named() -> None:

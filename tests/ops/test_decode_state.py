@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from bark_fast.ops.decode_state import DecodeState, advance
+from bark_fast.ops.decode_state import DecodeState, advance, find_slots
 from bark_fast.ops.dispatch import prefer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -115,3 +115,22 @@ def test_the_comparison_notices_a_row_that_stepped_twice() -> None:
 def test_operator_passes_opcheck() -> None:
     state = state_of(random_rows(random.Random(1), 3), "cpu")
     torch.library.opcheck(torch.ops.bark_fast.advance, (torch.tensor([5, 3, -1]), *state.tensors(), PAGE_SIZE))
+
+
+def test_slots_are_found_again_where_pages_were_replaced() -> None:
+    """Idle rows, rows on a missing page and rows past their table have none."""
+    rng = random.Random(4)
+    rows = random_rows(rng, 200)
+    for row in rows:
+        row.slot = 5
+    rows[0].position = PAGES * PAGE_SIZE
+    state = state_of(rows, "cpu")
+    for row in rows:
+        row.table = [page + 1000 if page >= 0 else page for page in row.table]
+        page = row.table[row.position // PAGE_SIZE] if row.position < PAGES * PAGE_SIZE else -1
+        there = row.remaining > 0 and page >= 0
+        row.slot = page * PAGE_SIZE + row.position % PAGE_SIZE if there else -1
+    state.block_tables.copy_(torch.tensor([row.table for row in rows]))
+    find_slots(state, PAGE_SIZE)
+    assert differing(rows, state) == []
+    assert {-1} < {row.slot for row in rows if row.remaining}

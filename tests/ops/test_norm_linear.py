@@ -257,9 +257,13 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor], message: str) -> 
         ops.norm_linear(**{**sound, **change})
 
 
-def test_residual_must_have_the_shape_of_the_product() -> None:
+def test_residual_must_have_the_shape_and_dtype_of_the_product() -> None:
     with pytest.raises(InvalidInput, match=r"residual is \(1, 3\)"):
         ops.linear_residual(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(1, 3))
+    with pytest.raises(
+        InvalidInput, match=r"residual is \(2, 3\) torch.float16; it must be \(2, 3\) torch.float32"
+    ):
+        ops.linear_residual(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2, 3).half())
 
 
 @pytest.mark.parametrize("target", KNOWN.values(), ids=lambda t: str(t.arch))
