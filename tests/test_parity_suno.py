@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from bark_fast import Audio, SamplingParams
+from bark_fast.config import Layout
+from bark_fast.sampling import suno_defaults
+from bark_fast.stages.request import Options
+from bark_fast.stages.semantic import semantic_rule
 
 TEXT = "Hello, my name is Suno. And, uh, and I like pizza."
 VOICE = "v2/en_speaker_6"
@@ -132,6 +138,16 @@ def test_a_previous_audio_carries_its_voice(suno_bark, suno_peer):
     audio = suno_bark.generate(TEXT, seed=2, rng="torch", max_seconds=2.0)
     ours = suno_bark.generate("And more.", voice=audio, seed=3, rng="torch", max_seconds=1.0)
     assert_equal(ours, theirs)
+
+
+def test_what_may_not_end_cannot_draw_eos():
+    """suno cuts the logits before the pad token then; otherwise it is the last that may be drawn."""
+    options = Options(Layout(), "suno", suno_defaults(), 10_048, 12_096)
+    free, bound = (
+        semantic_rule(suno_defaults().semantic, replace(options, may_end=may_end)) for may_end in (True, False)
+    )
+    assert (free.windows, free.eos_token, free.min_eos_p) == (((0, 10_001),), 10_000, 0.2)
+    assert (bound.windows, bound.eos_token, bound.min_eos_p) == (((0, 10_000),), None, None)
 
 
 def test_whole_stretch_of_semantic_counts_gives_sunos_frames():

@@ -201,6 +201,15 @@ def test_any_strides_and_somewhere_to_write(device: str) -> None:
         assert error(ops.attention(query, key, value, True, scale=0.3, out=memory[..., 1:65]), expected) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_negated_view_of_queries_is_read_as_such(backend: str) -> None:
+    """What lies in its memory has the other sign."""
+    query, key, value = packed(1, 20, 2, 64, torch.float32, DEVICE)
+    with prefer(backend):  # type: ignore[arg-type]
+        expected = ops.attention(-query, key, value, True)
+        assert torch.equal(ops.attention(torch._neg_view(query), key, value, True), expected)
+
+
 def test_nan_reaches_the_queries_that_see_it_and_no_others() -> None:
     query, key, value = (t.clone() for t in packed(1, 70, 2, 64, torch.float32, DEVICE))
     key[0, 1, 40, 3] = float("nan")

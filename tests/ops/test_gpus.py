@@ -10,9 +10,10 @@ from bark_fast.backend_report import backends
 from bark_fast.device import pick_dtype
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.runner import EagerRunner
+from bark_fast.errors import InvalidInput
 from bark_fast.loading import runner_kind
 from bark_fast.ops import gpus
-from bark_fast.ops.dispatch import prefer, uses_triton
+from bark_fast.ops.dispatch import prefer, preferred, uses_triton
 
 pytest.importorskip("triton")
 GPU = torch.device("cuda", 1)
@@ -123,3 +124,15 @@ def test_the_probe_writes() -> None:
 @pytest.mark.gpu
 def test_nothing_keeps_triton_from_this_gpu() -> None:
     assert [gpus.triton_fault(0, dtype) for dtype in (FULL, HALF, BRAIN)] == [""] * 3
+
+
+def test_backends_asked_for_within_one_another() -> None:
+    assert preferred() == "auto"
+    with prefer("torch"):
+        with prefer("triton"):
+            assert preferred() == "triton"
+        assert preferred() == "torch"
+        with pytest.raises(InvalidInput, match="backend is 'cuda'; it must be one of auto, torch, triton"):
+            prefer("cuda").__enter__()  # type: ignore[arg-type]
+        assert preferred() == "torch"
+    assert preferred() == "auto"
