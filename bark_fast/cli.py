@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from contextlib import suppress
@@ -20,11 +21,18 @@ if TYPE_CHECKING:
     from bark_fast.pipeline import Bark
 
 DEFAULT_MODEL = "suno/bark-small"
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, leaving nothing half written; Python's own way would be to stop where it is."""
+    raise SystemExit(TERMINATED)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line on stderr for every error but those of usage, and a non-zero exit."""
+    with suppress(ValueError):  # signals are the main thread's
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         status = cli.main(args=arguments, prog_name="bark-fast", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):

@@ -257,7 +257,11 @@ class TestErrors:
         assert (say_here.folder / "a.wav").read_bytes() == b"precious"
 
     @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-    def test_ctrl_c_leaves_no_file(self, run, tmp_path, tiny_suno_dir):
+    @pytest.mark.parametrize(
+        ("sent", "status", "told"),
+        [(signal.SIGINT, 130, b"interrupted; no file was left half written"), (signal.SIGTERM, 143, b"")],
+    )
+    def test_a_signal_leaves_no_file(self, run, tmp_path, tiny_suno_dir, sent, status, told):
         process = subprocess.Popen(
             [*COMMAND, "say", "--model", str(tiny_suno_dir), "--long-form", "Hello there. " * 500],
             cwd=run.folder, env=environment(tmp_path), stderr=subprocess.PIPE,
@@ -271,10 +275,10 @@ class TestErrors:
             shown += process.stderr.read() or b""
             time.sleep(0.05)
         assert b"coarse" in shown
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        process.send_signal(sent)
+        assert process.wait(timeout=30) == status
         rest = process.stderr.read() or b""
-        assert b"interrupted; no file was left half written" in rest
+        assert told in rest
         assert b"Traceback" not in rest
         assert not list(run.folder.iterdir())
 
