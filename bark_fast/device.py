@@ -8,7 +8,7 @@ import torch
 
 from bark_fast.errors import InvalidInput
 from bark_fast.numeric import is_whole
-from bark_fast.ops.gpus import is_from_ampere_on
+from bark_fast.ops.gpus import is_from_ampere_on, number_of
 
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -59,8 +59,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The weights' dtype. "auto" is float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
     if dtype == "auto":
         if device.type == "cuda":
-            gpu = torch.cuda.current_device() if device.index is None else device.index
-            return torch.bfloat16 if is_from_ampere_on(gpu) else torch.float16
+            return torch.bfloat16 if is_from_ampere_on(number_of(device)) else torch.float16
         return torch.float32
     chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in _DTYPES.values():

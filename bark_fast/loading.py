@@ -24,7 +24,7 @@ from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import preferred
-from bark_fast.ops.gpus import triton_fault
+from bark_fast.ops.gpus import number_of, triton_fault
 
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 
@@ -122,7 +122,7 @@ def runner_kind(device: torch.device, dtype: torch.dtype) -> type[EagerRunner]:
     """The runner for models that decode on `device` in `dtype`. Says so where a GPU gets the slow one."""
     if device.type != "cuda" or preferred() == "torch":
         return EagerRunner
-    gpu = torch.cuda.current_device() if device.index is None else device.index
+    gpu = number_of(device)
     if fault := triton_fault(gpu, dtype):  # a step of sampling then needs the host: a burst would gain nothing
         warnings.warn(
             f"on cuda:{gpu} steps are launched one operation at a time by torch, without CUDA graphs, which is "

@@ -22,6 +22,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def number_of(device: torch.device) -> int:
+    """The GPU that a CUDA device is: the current one where it has no number."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @cache
 def is_from_ampere_on(gpu: int) -> bool:
     """Whether this GPU has bfloat16, and tensor cores that Triton uses."""

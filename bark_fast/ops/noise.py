@@ -16,6 +16,7 @@ from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import preferred
+from bark_fast.ops.gpus import number_of
 from bark_fast.sampling import Dialect, SamplingRule
 
 SEED_BOUND = 2**64
@@ -86,8 +87,7 @@ def global_generator(device: torch.device) -> torch.Generator:
     """torch's own generator of a device."""
     if device.type == "cuda":
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.default_generators[index]
+        return torch.cuda.default_generators[number_of(device)]
     return torch.default_generator
 
 

@@ -115,10 +115,15 @@ def paged_attention(
         blind = min(max(stop - start - length, 0), stop - start)  # rows before the first key
         out[start : start + blind] = 0
         if start + blind < stop:
-            key, value = (gathered(pages, block_table[seq], length) for pages in (k_pages, v_pages))
-            rows = query[start + blind : stop].transpose(0, 1) * (scale / natural)
-            seen = attention.reference(rows[None], key[None], value[None], causal=True)[0]
-            out[start + blind : stop] = seen.transpose(0, 1).flatten(1)
+            rows = query[start + blind : stop] * (scale / natural)
+            out[start + blind : stop] = _attend(rows, k_pages, v_pages, block_table[seq], length)
+
+
+def _attend(rows: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, length: int) -> Tensor:
+    """Attention of the last rows (rows, n_head, head_dim) of one sequence: (rows, n_head * head_dim)."""
+    key, value = (gathered(pages, table, length)[None] for pages in (k_pages, v_pages))
+    seen = attention.reference(rows.transpose(0, 1)[None], key, value, causal=True)
+    return seen[0].transpose(0, 1).flatten(1)
 
 
 def queries(qkv: Tensor, k_pages: Tensor) -> Tensor:
@@ -140,20 +145,15 @@ def attend(
     query = queries(qkv, k_pages)
     if len(counts) > 1 and max(counts) == 1:
         columns = -(-max(totals) // page_size)
-        used = (
-            block_table[:, :columns].long().clamp(0, num_pages - 1)
-        )  # past a sequence's end there is anything
+        # past a sequence's end the table has anything
+        used = block_table[:, :columns].long().clamp(0, num_pages - 1)
         key, value = (
             pages[used].transpose(1, 2).reshape(len(counts), n_head, columns * page_size, head_dim)
             for pages in (k_pages, v_pages)
         )
         return attention.reference(query[:, :, None], key, value, False, lengths=lengths).flatten(1)
-    parts = []
-    for rows, table, total in zip(torch.split(query, counts), block_table, totals, strict=True):
-        key, value = (gathered(pages, table, total)[None] for pages in (k_pages, v_pages))
-        seen = attention.reference(rows.transpose(0, 1)[None], key, value, causal=True)
-        parts.append(seen[0].transpose(0, 1).flatten(1))
-    return torch.cat(parts)
+    each = zip(torch.split(query, counts), block_table, totals, strict=True)
+    return torch.cat([_attend(rows, k_pages, v_pages, table, total) for rows, table, total in each])
 
 
 def append_attention(

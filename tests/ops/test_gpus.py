@@ -104,6 +104,11 @@ def test_a_gpu_without_triton_is_told(machine, monkeypatch) -> None:
     assert runner_kind(torch.device("cpu"), FULL) is EagerRunner
 
 
+def test_a_device_without_a_number_is_the_current_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert [gpus.number_of(torch.device(name)) for name in ("cuda", "cuda:0", "cuda:1")] == [2, 0, 1]
+
+
 def test_products_are_cublas_where_triton_has_no_tensor_cores() -> None:
     from bark_fast.kernels import gemv, matmul, norm_linear
     from bark_fast.kernels.target import KNOWN
