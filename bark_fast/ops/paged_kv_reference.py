@@ -136,17 +136,16 @@ def attend(
     qkv: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, counts: list[int],
     totals: list[int],
 ) -> Tensor:  # fmt: skip
-    """`paged_attention` of rows whose keys are stored, by tables known to be in range: on a GPU without a look.
+    """`paged_attention` of rows whose keys are stored, by tables of the pool: on a GPU without a look.
 
     qkv: (rows, 3 * n_head * head_dim). counts: new rows of each sequence, at least one. totals: `lengths` once
     more, for the host. Returns (rows, n_head * head_dim).
     """
-    num_pages, n_head, page_size, head_dim = k_pages.shape
+    _, n_head, page_size, head_dim = k_pages.shape
     query = queries(qkv, k_pages)
     if len(counts) > 1 and max(counts) == 1:
         columns = -(-max(totals) // page_size)
-        # past a sequence's end the table has anything
-        used = block_table[:, :columns].long().clamp(0, num_pages - 1)
+        used = block_table[:, :columns].long()  # -1 past a sequence's end: some page, which lengths keep out
         key, value = (
             pages[used].transpose(1, 2).reshape(len(counts), n_head, columns * page_size, head_dim)
             for pages in (k_pages, v_pages)
