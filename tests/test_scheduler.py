@@ -98,11 +98,11 @@ def speak_at_random_times(scheduler, load, rng):
         (False, None, Limits(12, 512, 4), None),
         (False, None, Limits(12, 13, 2), None),
         (False, "at random", Limits(12, 40, 4), 200),
-        (False, {"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 100),
+        (False, {"semantic": 10, "coarse": 12}, Limits(12, 80, 4), 60),
         (False, PAGES_OF_ONE, Limits(6, 11, 4), 10),
         (True, None, Limits(12, 512, 4), None),
         (True, "at random", Limits(12, 40, 4), 50),
-        (True, {"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 50),
+        (True, {"semantic": 10, "coarse": 12}, Limits(12, 80, 4), 40),
         (True, PAGES_OF_ONE, Limits(6, 11, 4), 10),
     ],
 )
@@ -118,7 +118,7 @@ def test_200_utterances_say_what_each_says_alone(suno_bark, load, bursting, page
     [
         (None, Limits(12, 512, 4), None),
         ("at random", Limits(12, 40, 4), 50),
-        ({"semantic": 12, "coarse": 16}, Limits(12, 80, 4), 50),
+        ({"semantic": 10, "coarse": 12}, Limits(12, 80, 4), 40),
     ],
 )
 def test_200_utterances_in_captured_bursts_say_what_each_says_alone(
@@ -235,6 +235,14 @@ class TestOrder:
             while session.pending:
                 ended += session.wait()
         assert [outcome.index for outcome in ended] == [0, 1]
+        assert scheduler.rounds.admission.preemptions == 0
+
+    def test_who_begins_leaves_pages_for_prompts_fed_in_part(self, suno_bark):
+        """12 pages: the first prompt holds 4 and wants 3 more when the second one's first rows could go."""
+        first, second = np.random.default_rng(0).integers(10_000, 11_000, (2, 100))
+        scheduler = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 12}), limits=Limits(4, 64))
+        jobs = [self.utterance(3, prompt=first), self.utterance(3, 1, second)]
+        assert [outcome.index for outcome in scheduler.run(jobs)] == [0, 1]
         assert scheduler.rounds.admission.preemptions == 0
 
     def test_what_does_not_fit_alone_fails_alone(self, suno_bark):

@@ -18,9 +18,9 @@ class Admission:
     """Plans the steps of all models, the oldest first.
 
     Prompts are fed within `prefill_rows` tokens a step, so that those who draw wait no longer. Who begins waits
-    until there are pages for its prompt and one more for everybody who holds some. When pages run out, the
-    youngest gives its own back; once there is room it is fed its prompt and all it drew, and goes on with the
-    same tokens, since its noise depends on the step only.
+    until there are pages for its prompt and for what all who hold some have yet to feed, one each or more. When
+    pages run out, the youngest gives its own back; once there is room it is fed its prompt and all it drew, and
+    goes on with the same tokens, since its noise depends on the step only.
     """
 
     def __init__(self, runner: Runner, prefill_rows: int) -> None:
@@ -81,9 +81,9 @@ class Admission:
         return any(len(other.pending) > 1 and sequence.repeats(other) for _, other in batch)
 
     def _admits(self, model: str, sequence: Sequence, everybody: Items[Active[Any]]) -> bool:
-        """Whether there are pages for all that is pending, and a page more for each who has been admitted."""
+        """Whether there are pages for all that is pending, and for who has been admitted a page at least."""
         others = [one.sequence for one in everybody if one.sequence is not None and one.admitted]
-        rows = [PAGE_SIZE] * len(others) + [len(sequence.pending) + 1]
+        rows = [max(PAGE_SIZE, len(one.pending)) for one in others] + [len(sequence.pending) + 1]
         return not others or self.runner.fits(model, [*others, sequence], rows)
 
     def _make_room(self, model: str, everybody: Items[Active[Any]], batch: Planned) -> Planned:
