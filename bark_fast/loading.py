@@ -22,7 +22,6 @@ from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
-from bark_fast.numeric import is_whole
 from bark_fast.ops.dispatch import preferred
 from bark_fast.ops.gpus import number_of, triton_fault
 
@@ -136,8 +135,6 @@ def runner_kind(device: torch.device, dtype: torch.dtype) -> type[EagerRunner]:
 
 def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:
     """Bytes that `max_memory` leaves beside the weights; at least one utterance's."""
-    if not is_whole(max_memory) or max_memory < 1:
-        raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
     config = checkpoint.config
     sizes = [storage_bytes(tensors.values()) for tensors in checkpoint.weights.values()]
     taken = max(sizes) if offload else sum(sizes)

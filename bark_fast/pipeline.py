@@ -129,6 +129,8 @@ class Bark:
             raise InvalidInput(f"dialect is {dialect!r}; choose one of {', '.join(DIALECTS)}")
         if not is_whole(max_batch) or max_batch < 1:
             raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer of at least 1")
+        if max_memory is not None and (not is_whole(max_memory) or max_memory < 1):
+            raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
         if replicas is not None and (device != "auto" or devices or offload):
             raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
         places = [] if replicas is None else pick_replicas(replicas)

@@ -97,9 +97,10 @@ class TestMaxMemory:
         assert caches_of(one) == bound - largest
 
     @pytest.mark.parametrize("value", [0, -1, 1.5, "2GB", True])
-    def test_values_that_make_no_sense(self, tiny_suno_dir, value):
+    def test_values_that_make_no_sense(self, tmp_path, value):
+        """Said before anything is read."""
         with pytest.raises(InvalidInput, match="max_memory is"):
-            Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=value)
+            Bark.from_pretrained(tmp_path, device="cpu", max_memory=value)
 
     def test_large_in_bfloat16_leaves_room_below_2500_mb(self):
         """Weights and the pages of one utterance: what its steps compute with comes on top."""
