@@ -258,6 +258,31 @@ def test_after_a_death_nobody_waits_for_what_it_took_along(suno_bark, load, monk
     assert [outcome.error is None for outcome in ended] == [False, False, True]
 
 
+def test_who_waits_while_a_thread_dies_is_told(suno_bark, load, monkeypatch):
+    begun, waited_for = threading.Event(), threading.Event()
+    scheduler = Scheduler(SmallRunner(suno_bark.runner))
+    worker = Worker(scheduler)
+
+    def dying():
+        worker.cancel([0])
+        begun.set()
+        assert waited_for.wait(20)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    monkeypatch.setattr(scheduler.rounds, "round", dying)
+    worker.submit(dict(enumerate(jobs(singles(load, 2)))), lambda outcome: None)
+    assert begun.wait(20)
+    waiting = threading.Thread(target=worker.settle, daemon=True)
+    waiting.start()
+    deadline = time.monotonic() + 20
+    while not worker._changed._waiters and time.monotonic() < deadline:
+        time.sleep(0.01)
+    waited_for.set()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 def test_what_was_ordered_before_a_death_is_not_begun_after_it(suno_bark, load, monkeypatch):
     scheduler = Scheduler(SmallRunner(suno_bark.runner))
     worker, ended, begun = Worker(scheduler), [], []

@@ -40,6 +40,15 @@ class FastCausal(Patched):
 
     stage: ClassVar[Stage]
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        given = cache_in(model_kwargs)
+        if hasattr(given, "get_seq_length"):  # by the caller, who wants it filled; 5.24 itself marks it so
+            given._is_user_defined = True
+        theirs: Any = super()
+        return theirs._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **named)
+
     def _beam_search(self, *arguments: Any, **named: Any) -> Any:
         self._fast.policy.decline("beam search")
         return super()._beam_search(*arguments, **named)  # type: ignore[misc]

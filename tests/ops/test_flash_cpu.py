@@ -203,6 +203,10 @@ def test_the_operation_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(
             ops.attention(query, key, value, True, out=wide), ops.reference(query, key, value, True)
         )
+        keyless = key[:, :, :0]
+        assert ops.attention(query, keyless, keyless, False).eq(0).all()
+        other = packed(2, 40, 3, 33, torch.float32)
+        assert torch.equal(ops.attention(*other, True), ops.reference(*other, True))
         negative = torch._neg_view(key)
         assert negative.is_neg()
         assert torch.equal(

@@ -226,6 +226,8 @@ def test_what_the_extension_cannot_take_runs_on_torch() -> None:
     assert norm_linear.extension_for(c.x, c.weight.T.contiguous().T) is None
     assert norm_linear.extension_for(c.x, c.weight.double()) is None
     assert norm_linear.extension_for(torch.empty(2, 16, device="meta"), c.weight) is None
+    assert norm_linear.extension_for(c.x, c.weight.to("meta")) is None
+    assert norm_linear.extension_for(c.x, c.weight.as_subclass(type("Quantised", (torch.Tensor,), {}))) is None
     assert norm_linear.norm_linear(c.x[:0], *c.norm, c.weight, c.bias).shape == (0, 24)
     assert norm_linear.linear(c.x, c.weight[:0]).shape == (2, 0)
     assert norm_linear.linear(c.x[:, :0], c.weight[:, :0]).eq(0).all()

@@ -116,6 +116,9 @@ def test_what_does_not_fit_is_named() -> None:
     arguments = weights(24, torch.float32, "cpu", biases=False)
     with pytest.raises(InvalidInput, match=r"proj_weight is \(96, 24\)"):
         layernorm_gelu_mlp(torch.zeros(1, 24), *arguments[:4], arguments[2], None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"proj_weight is \(24, 96\) torch.float16"):
+        half = torch.zeros(24, 96).half()
+        layernorm_gelu_mlp(torch.zeros(1, 24), *arguments[:4], half, None)  # type: ignore[arg-type]
     with pytest.raises(InvalidInput, match="proj_bias is"):
         layernorm_gelu_mlp(torch.zeros(1, 24), *arguments[:5], torch.zeros(96))  # type: ignore[arg-type]
 

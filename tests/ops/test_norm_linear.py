@@ -241,7 +241,9 @@ def test_torch_keeps_the_bits_of_the_plain_modules() -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(2, 8, dtype=torch.float16)}, "float16"),
+        ({"x": torch.zeros(2, 8).int(), "weight": torch.zeros(3, 8).int()}, "x is torch.int32"),
         ({"x": torch.zeros(2, 9)}, r"\(2, 9\)"),
+        ({"x": torch.zeros(())}, r"x is \(\)"),
         ({"weight": torch.zeros(3, 8, 1)}, r"\(3, 8, 1\)"),
         ({"bias": torch.zeros(8)}, "bias is"),
         ({"norm_weight": torch.zeros(3)}, "norm_weight is"),

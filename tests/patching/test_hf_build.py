@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.utils import GenerationMixin
 
 import bark_fast
-from bark_fast.errors import InvalidInput
+from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.patching import hf_build
 from bark_fast.patching.shared import why_not_plain
 from bark_fast.patching.swap import Policy
@@ -171,8 +171,11 @@ def test_an_altered_fine_model(peer, alter):
 
 @pytest.mark.parametrize(
     ("part", "name"),
-    [("", "forward"), ("mlp", "forward"), ("attn", "forward"), ("attn", "_attn"), ("attn", "_merge_heads")],
-)
+    [
+        ("", "forward"), ("mlp", "forward"), ("attn", "forward"), ("attn", "_attn"), ("attn", "_split_heads"),
+        ("attn", "_merge_heads"),
+    ],
+)  # fmt: skip
 def test_a_class_of_theirs_that_somebody_changed(peer, monkeypatch, part, name):
     """For all models at once; whoever does so carefully keeps the name of what is wrapped."""
     kind = type(peer.model.semantic.layers[0].get_submodule(part))
@@ -189,6 +192,17 @@ def test_a_class_of_theirs_that_somebody_changed(peer, monkeypatch, part, name):
     with pytest.warns(RuntimeWarning, match=f"whose {name} was replaced"):
         spoken(peer)
     assert len(calls) > 10
+
+
+@pytest.mark.parametrize(
+    "name", ["forward", "_sample", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"]
+)
+def test_a_class_of_their_models_that_somebody_changed(model, monkeypatch, name):
+    part = bark_fast.patch(model).semantic
+    part.bound()
+    monkeypatch.setattr(type(part)._bark_fast_original, name, lambda self, *args, **kwargs: None)
+    with pytest.raises(NotCovered, match=f"with a {name} of its own"):
+        part.bound()
 
 
 def test_layers_of_torch_with_options_of_their_own():
@@ -211,8 +225,17 @@ def test_the_causal_mask_is_read_once(model, monkeypatch):
     assert hf_build._masks_the_future(attn)
     attn.bias = before
     assert not hf_build._masks_the_future(attn)
-    attn.bias = before.tril().float()
-    assert not hf_build._masks_the_future(attn)
+    for other in (before.tril().float(), torch.cat([before.tril(), before]), before.to("meta"), None):
+        attn.bias = other
+        assert not hf_build._masks_the_future(attn)
+
+
+def test_a_causal_mask_of_inference_mode(model):
+    """It has no version; what is written to it there leaves no trace."""
+    attn = model.semantic.layers[0].attn
+    with torch.inference_mode():
+        attn.bias = attn.bias.clone()
+    assert hf_build._masks_the_future(attn)
 
 
 def test_torchs_default_dtype_changes_no_noise(peer):

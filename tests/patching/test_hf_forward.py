@@ -13,6 +13,7 @@ from patched_twins import both
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation.utils import GenerationMixin
 
 import bark_fast
 from bark_fast.errors import NotCovered
@@ -188,6 +189,24 @@ def test_the_engine_refuses_a_cache_that_holds_tokens(model):
     for name in ("cache", "past_key_values"):
         with pytest.raises(NotCovered, match="a cache from elsewhere"):
             hf_models._check_call(part, IDS, {name: cache})
+
+
+def test_a_cache_given_to_generate_is_filled(model):
+    """Transformers before 5.24 does not mark whose it is."""
+    part = model.coarse_acoustics
+
+    def call():
+        torch.manual_seed(0)
+        cache = DynamicCache(config=part.config)
+        named = {cache_name(part): cache, "max_new_tokens": 4, "do_sample": True}
+        return GenerationMixin.generate(part, IDS, **named), cache.get_seq_length()
+
+    expected, length = call()
+    assert length > IDS.shape[1]
+    bark_fast.patch(part)
+    with pytest.warns(RuntimeWarning, match="a cache from elsewhere"):
+        got, filled = call()
+    assert got.equal(expected) and filled == length
 
 
 @pytest.mark.usefixtures("no_decline")

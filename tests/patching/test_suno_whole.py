@@ -447,6 +447,31 @@ def test_models_that_suno_frees_are_free(generation):
         assert not held and weight() is None and runner() is None
 
 
+@pytest.mark.parametrize("then", ["replaced", "forgotten"])
+def test_a_model_freed_after_its_engine_was_let_go(generation, monkeypatch, then):
+    """A call under way keeps the engine that it began with; whose place it was is not touched any more."""
+    faults = []
+    monkeypatch.setattr(sys, "unraisablehook", faults.append)
+    config = generation.models["coarse"].config
+    model = generation.models["coarse"] = type(generation.models["coarse"])(config).eval()
+    freed = weakref.ref(model)
+    with bark_fast.patched(generation, strict=True):
+        generation.generate_coarse(speech(4), silent=True)
+        engines = generation.__dict__[STATE].stages.models
+        under_way = engines.held["coarse"]
+        generation.models["coarse"] = type(model)(config).eval()
+        if then == "replaced":
+            generation.generate_coarse(speech(4), silent=True)
+        else:
+            engines.forget()
+        others = dict(engines.held)
+        del model
+        gc.collect()
+        assert freed() is None and under_way.theirs() is None
+        assert engines.held == others and bool(others) == (then == "replaced")
+    assert not faults
+
+
 @pytest.mark.parametrize("then", ["no engine", "undone"])
 def test_pages_are_kept_only_while_the_engine_is_asked_for(generation, then):
     bark_fast.patch(generation, strict=True)
