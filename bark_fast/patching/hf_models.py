@@ -46,8 +46,9 @@ class FastCausal(Patched):
         given = cache_in(model_kwargs)
         if hasattr(given, "get_seq_length"):  # by the caller, who wants it filled; 5.24 itself marks it so
             given._is_user_defined = True
-        theirs: Any = super()
-        return theirs._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **named)
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *rest, **named
+        )
 
     def _beam_search(self, *arguments: Any, **named: Any) -> Any:
         self._fast.policy.decline("beam search")
