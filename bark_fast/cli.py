@@ -152,7 +152,9 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
 
 def _summarize(bark: Bark, audio: Audio, output: Path, seconds: float, load_seconds: float) -> None:
     """One line of what was spoken and how fast, and another of the graphs captured meanwhile."""
-    stages = ", ".join(f"{stage} {spent:.1f}" for stage, spent in audio.timings.items())
+    # the sum is more than was waited where chunks are spoken side by side
+    share = seconds / max(seconds, sum(audio.timings.values()))
+    stages = ", ".join(f"{stage} {spent * share:.1f}" for stage, spent in audio.timings.items())
     click.echo(
         f"{output}: {audio.duration:.1f} s of audio in {seconds:.1f} s "
         f"(real-time factor {seconds / audio.duration:.2f}; {stages}; loading {load_seconds:.1f})",

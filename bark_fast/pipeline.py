@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import starmap
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from bark_fast.audio import Audio, Tokens
 from bark_fast.checkpoint import Checkpoint
+from bark_fast.chunks import Spoken, Texts, utterances_of
 from bark_fast.device import pick_device, pick_dtype, pick_replicas
 from bark_fast.engine.capture import Capture
 from bark_fast.engine.replicas import Replicas
@@ -37,7 +38,7 @@ from bark_fast.progress import ProgressBar, ProgressCallback, progress_of
 from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
-from bark_fast.stages.utterance import Speech, long_form
+from bark_fast.stages.utterance import heard
 from bark_fast.text import Tokenizer, encode_text, split_text
 from bark_fast.voices import VoiceLibrary, load_voice
 from bark_fast.work import IntArray, Stage, Work
@@ -83,7 +84,7 @@ class Bark:
         ] or [make_runner(checkpoint, device, max_batch, max_memory, offload)]
         self.runner = self.runners[0]
         limits = Limits(utterances=max_batch, one_model=offload)
-        schedulers: list[Scheduler[list[Speech]]] = [Scheduler(one, limits=limits) for one in self.runners]
+        schedulers: list[Scheduler[Spoken]] = [Scheduler(one, limits=limits) for one in self.runners]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self._worker = self.scheduler if isinstance(self.scheduler, Replicas) else Worker(self.scheduler)
 
@@ -176,8 +177,10 @@ class Bark:
             dialect, one batched call of theirs, rows padded to the longest; otherwise one call per text.
         semantic, coarse, fine: `SamplingParams`; what they leave out stays at the checkpoint's default.
         max_seconds: stop each chunk's speech once it is this long (suno's `max_gen_duration_s`).
-        long_form: split texts at sentences, any length; the voice is carried from chunk to chunk with a short
-            pause in between. Without it a text beyond 256 tokens raises TextTooLong.
+        long_form: split texts at sentences, any length, with a short pause in between. The voice is carried
+            from chunk to chunk; in a given one, with "philox", chunks are spoken side by side, `max_batch` at
+            a time: the same tokens (in 16 bits, see rng) sooner, and `timings` add up to more than was waited.
+            Without it a text beyond 256 tokens raises TextTooLong.
         progress: True for a bar on stderr, or a function called with `Progress` events.
 
         Calls from several threads share the model: their texts go on in the same batches.
@@ -212,9 +215,9 @@ class Bark:
             return []
         noises = make_noise(seeds, rng, self.device, self.dialect, len(texts), joined)
         group = Group() if joined else None
-        jobs = (
-            Utterance(_long_form(parts, history, options, name), noise, group)
-            for parts, history, noise, name in zip(chunks, voices, noises, names, strict=True)
+        under_way = Texts(
+            utterances_of(parts, history, options, noise, group)
+            for parts, history, noise in zip(chunks, voices, noises, strict=True)
         )
         # texts that share torch's global generator must draw from it one after the other
         one_by_one = rng == "torch" and seeds is None
@@ -222,9 +225,9 @@ class Bark:
         report: ProgressCallback | None = bar or (progress if callable(progress) else None)
         audios: dict[int, Audio] = {}
         try:
-            for outcome in self.scheduler.run(jobs, _observer(report), 1 if one_by_one else self._places):
-                with _named(names[outcome.index]):
-                    audios[outcome.index] = self._spoken(outcome)
+            for outcome in self._run(under_way, report, 1 if one_by_one else self._places):
+                with _named(name := names[outcome.index]):
+                    audios[outcome.index] = self._spoken(outcome, name)
         finally:
             if bar is not None:
                 bar.close(finished=len(audios) == len(texts))
@@ -278,25 +281,29 @@ class Bark:
         check_names(options)
         shared: dict[str, Any] = {**options, "voice": load_voice(options.get("voice"), self.voices)}
 
-        def job(index: int, request: object) -> Utterance[list[Speech]]:
+        def utterances(index: int, request: object) -> list[Utterance[Spoken]]:
             try:
-                with _named(name := f"request {index}"):
+                with _named(f"request {index}"):
                     text, own = speech_request(request, shared)
-                    return self._utterance(text, name, **own)
+                    return self._utterances(text, **own)
             except Exception as error:
                 if errors == "raise":
                     raise
-                return Utterance(_failing(error), PhiloxNoise(0, self.device))
+                return [Utterance(_failing(error), PhiloxNoise(0, self.device))]
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
-            jobs = starmap(job, enumerate(requests))
-            for outcome in self.scheduler.run(jobs, _observer(progress), self._places):
-                if outcome.error is not None and errors == "yield":
-                    yield outcome.index, outcome.error
-                else:
-                    with _named(f"request {outcome.index}"):
-                        audio = self._spoken(outcome)
-                    yield outcome.index, audio
+            under_way = Texts(starmap(utterances, enumerate(requests)))
+            for outcome in self._run(under_way, progress, self._places):
+                name = f"request {outcome.index}"
+                result: Audio | Exception
+                try:
+                    with _named(name if errors == "raise" else ""):
+                        result = self._spoken(outcome, name)
+                except Exception as error:
+                    if errors == "raise":
+                        raise
+                    result = error
+                yield outcome.index, result
 
         return results()
 
@@ -315,8 +322,25 @@ class Bark:
         check_names(options)
         if progress is not None and not callable(progress):
             raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
-        utterance = await asyncio.to_thread(self._utterance, text, **options)
-        return self._spoken(await self._worker.outcome(utterance, _observer(progress)))
+        observer = None if progress is None else _observer(progress)
+        places = asyncio.Semaphore(self._places)
+
+        async def spoken(utterance: Utterance[Spoken]) -> Spoken:
+            async with places:
+                outcome = await self._worker.outcome(utterance, observer)
+            if outcome.error is not None:
+                raise outcome.error
+            return outcome.result or []
+
+        utterances = await asyncio.to_thread(self._utterances, text, **options)
+        parts = [asyncio.ensure_future(spoken(one)) for one in utterances]
+        try:
+            chunks = [chunk for part in await asyncio.gather(*parts) for chunk in part]
+        finally:  # of a text that failed, or was given up, nothing goes on
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        return self._spoken(Outcome(0, chunks))
 
     @property
     def captures(self) -> list[Capture]:
@@ -331,10 +355,17 @@ class Bark:
         """Utterances of one call under way at a time."""
         return self.max_batch * len(self.runners)
 
-    def _utterance(
+    def _run(self, texts: Texts, report: ProgressCallback | None, limit: int) -> Iterator[Outcome[Spoken]]:
+        """How each of the texts ended, as they end."""
+        observer = None if report is None else _observer(report, texts.text_of)
+        for outcome in self.scheduler.run(texts.utterances(), observer, limit):
+            text = texts.take(outcome)
+            if text is not None:
+                yield text
+
+    def _utterances(
         self,
         text: str,
-        name: str = "",
         *,
         voice: VoiceLike = None,
         seed: int | None = None,
@@ -344,7 +375,7 @@ class Bark:
         fine: SamplingParams | None = None,
         max_seconds: float | None = None,
         long_form: bool = False,
-    ) -> Utterance[list[Speech]]:
+    ) -> list[Utterance[Spoken]]:
         """One text among others, checked and ready to be spoken."""
         check_rng(rng)
         seeds = check_seeds([seed], 1) if seed is not None else None
@@ -357,7 +388,7 @@ class Bark:
         chunks = self._chunks(text, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
-        return Utterance(_long_form(chunks, history, options, name), noise)
+        return utterances_of(chunks, history, options, noise, None)
 
     def _options(
         self,
@@ -388,16 +419,13 @@ class Bark:
                 read[id(one)] = None if loaded is None else Tokens(loaded.semantic, loaded.coarse, loaded.fine)
         return [read[id(one)] for one in voices]
 
-    def _spoken(self, outcome: Outcome[list[Speech]]) -> Audio:
-        """The audio of an utterance that ended; raises the error it met."""
+    def _spoken(self, outcome: Outcome[Spoken], name: str = "") -> Audio:
+        """The audio of a text that ended; raises the error it met."""
         if outcome.error is not None:
             raise outcome.error
         rate = self.config.codec.sample_rate
-        parts = [Audio(one.samples, rate, one.tokens, one.timings) for one in outcome.result or []]
+        parts = [Audio(one.samples, rate, one.tokens, one.timings) for one in heard(outcome.result or [], name)]
         return parts[0] if len(parts) == 1 else Audio.concat(parts, pause=LONG_FORM_PAUSE)
-
-
-_long_form = long_form  # `generate` has a parameter of this name
 
 
 @contextmanager
@@ -415,18 +443,17 @@ def _named(which: str) -> Iterator[None]:
         raise type(error)(f"{which}: {error}") from error
 
 
-def _failing(error: Exception) -> Stage[list[Speech]]:
+def _failing(error: Exception) -> Stage[Spoken]:
     """A request that could not be understood: it ends with the reason, in its turn."""
     yield from ()
     raise error
 
 
-def _observer(report: ProgressCallback | None) -> Observer | None:
-    if report is None:
-        return None
+def _observer(report: ProgressCallback, text_of: Callable[[int], int] | None = None) -> Observer:
+    """Tells `report`, with the number of the text that an utterance is of."""
 
     def observe(index: int, work: Work, done: int) -> None:
-        event = progress_of(index, work, done)
+        event = progress_of(index if text_of is None else text_of(index), work, done)
         if event is not None:
             report(event)
 

@@ -49,9 +49,9 @@ class ProgressBar:
 
     def __init__(self, layout: Layout, chunks: list[int]) -> None:
         self.layout, self.chunks = layout, chunks
-        self.fractions, self.done = [0.0] * len(chunks), 0.0  # of each utterance, and of all
-        self.total = sum(chunks)
-        self.latest: dict[int, Progress] = {}
+        self.fractions: dict[tuple[int, int], float] = {}  # of each chunk; several of a text may be under way
+        self.done, self.total = 0.0, sum(chunks)
+        self.latest: dict[tuple[int, int], Progress] = {}
         self.stage, self.drawn = "", 0
         self.started = self.now = time.perf_counter()
         self.bar: Any = make_bar(
@@ -63,20 +63,22 @@ class ProgressBar:
 
     def __call__(self, event: Progress) -> None:
         """Show `event`."""
-        before = self.latest.get(event.index)
-        same = before is not None and (before.stage, before.chunk) == (event.stage, event.chunk)
+        place = (event.index, event.chunk)
+        before = self.latest.get(place)
+        same = before is not None and before.stage == event.stage
         start, share = _SHARES[event.stage]
-        fraction = event.chunk + start + share * event.done / max(1, event.total)
+        fraction = start + share * event.done / max(1, event.total)
         begins = event.stage != self.stage
         if begins:  # where the last event ended
             self.stage, self.drawn, self.started = event.stage, 0, self.now
         self.now = time.perf_counter()
         self.drawn += event.done - before.done if same and before is not None else event.done
-        self.latest[event.index] = event
+        self.latest[place] = event
         self.bar.set_postfix_str(self._describe(event), refresh=False)
-        if fraction > self.fractions[event.index]:
-            self.done += fraction - self.fractions[event.index]
-            self.fractions[event.index] = fraction
+        reached = self.fractions.get(place, 0.0)
+        if fraction > reached:
+            self.done += fraction - reached
+            self.fractions[place] = fraction
         # rounding must not carry the bar beyond its end, which tqdm warns of
         self.bar.update(min(100 * self.done, self.bar.total) - self.bar.n)
         if begins:  # tqdm leaves out what comes too soon; on a fast machine that would be whole stages

@@ -3,7 +3,8 @@
 "mixed": 32 requests of 1 to 10 s in one list, for Hugging Face in batches of 8 as they come. "equal": 8
 requests of the same length, one batch for both. Same weights (random, of the published shapes), dtype and
 machine, each contender in turn, a text of its own for each request. "many": 64 requests of 5 s under way
-together, without a peer. "alone": one utterance, see benchmarks/one_utterance.py.
+together, without a peer. "book": those texts as one long one, in a given voice, beside the same chunk by
+chunk. "alone": one utterance, see benchmarks/one_utterance.py.
 
 Random weights do not end by themselves, so each request's length is its limit of semantic tokens. In a batch of
 Hugging Face's every row is computed up to the longest one's end in all stages but the codec, which decodes
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,25 +34,26 @@ from harness import TEXT, append_rows, checkpoint, machine, quantiles
 from one_utterance import figures
 from peers import HFPeer
 
-from bark_fast import Bark, SamplingParams
+from bark_fast import Audio, Bark, SamplingParams
 
 HF_BATCH = 8
-CASES = ("mixed", "equal", "many", "alone")
+HF, IN_ORDER = "transformers", "bark_fast, chunk by chunk"
+CASES = ("mixed", "equal", "many", "book", "alone")
 
 
 @dataclass(frozen=True)
 class Case:
     """Requests by their seconds, under way together.
 
-    target: how many times faster than Hugging Face they are meant to be; without a peer, the audio-seconds per
-    second meant for large in bfloat16 on an H200.
+    target: how many times faster than the peer they are meant to be; without one, the audio-seconds per second
+    meant for large in bfloat16 on an H200.
     """
 
     name: str
     seconds: list[float]
     batch: int
     target: float
-    beside_hf: bool = True
+    peer: str = HF
 
 
 def cases(quick: bool, batch: int) -> list[Case]:
@@ -60,12 +63,14 @@ def cases(quick: bool, batch: int) -> list[Case]:
         return [
             Case("mixed", [round(float(s), 2) for s in rng.uniform(0.2, 1.5, 10)], batch, 1.8),
             Case("equal", [0.6] * 4, batch, 1.3),
-            Case("many", [0.6] * 6, 6, 100.0, beside_hf=False),
+            Case("many", [0.6] * 6, 6, 100.0, peer=""),
+            Case("book", [0.6] * 4, batch, 1.3, peer=IN_ORDER),
         ]
     return [
         Case("mixed", [round(float(s), 1) for s in rng.uniform(1.0, 10.0, 32)], batch, 1.8),
         Case("equal", [5.0] * 8, batch, 1.3),
-        Case("many", [5.0] * 64, 64, 100.0, beside_hf=False),
+        Case("many", [5.0] * 64, 64, 100.0, peer=""),
+        Case("book", [5.0] * 8, batch, 1.3, peer=IN_ORDER),
     ]
 
 
@@ -82,6 +87,18 @@ def speak_ours(bark: Bark, case: Case) -> tuple[float, float]:
     done = dict(bark.stream_results(requests, semantic=SamplingParams(min_eos_p=None)))
     spent = time.perf_counter() - start
     return spent, sum(audio.duration for audio in done.values())
+
+
+def speak_book(bark: Bark, voice: Audio, case: Case) -> tuple[float, float]:
+    """Seconds of work and of audio, less the pauses."""
+    start = time.perf_counter()
+    audio = bark.generate(
+        " ".join(texts(len(case.seconds))), voice=voice, seed=0, long_form=True, max_seconds=case.seconds[0],
+        semantic=SamplingParams(min_eos_p=None),
+    )  # fmt: skip
+    spent = time.perf_counter() - start
+    assert audio.tokens is not None
+    return spent, audio.tokens.fine.shape[1] / 75
 
 
 def speak_hf(peer: HFPeer, case: Case) -> tuple[float, float]:
@@ -153,19 +170,26 @@ def alone(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of the contenders, one after the other in each repeat."""
-    bark = Bark.from_pretrained(folder, device=options.device, dtype=options.dtype, max_batch=case.batch)
-    runs = {"bark_fast": partial(speak_ours, bark)}
-    if case.beside_hf:
+    load = partial(Bark.from_pretrained, folder, device=options.device, dtype=options.dtype)
+    bark = load(max_batch=case.batch)
+    runs: dict[str, Callable[[Case], tuple[float, float]]] = {"bark_fast": partial(speak_ours, bark)}
+    if case.peer == IN_ORDER:
+        voice = bark.generate(TEXT, seed=0, max_seconds=case.seconds[0])
+        runs = {
+            "bark_fast": partial(speak_book, bark, voice),
+            case.peer: partial(speak_book, load(max_batch=1), voice),
+        }
+    if case.peer == HF:
         try:
             peer = HFPeer(folder, options.device, getattr(torch, options.dtype))
-            runs["transformers"] = partial(speak_hf, peer)
+            runs[HF] = partial(speak_hf, peer)
         except ImportError as error:
             print(f"transformers is left out: {error}")
     short = replace(case, seconds=[0.3] * min(len(case.seconds), case.batch))
     for run in runs.values():
         run(short)
     if bark.captures:  # a graph is captured for each number of rows that the case meets
-        speak_ours(bark, case)
+        runs["bark_fast"](case)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     seconds = {}
     for _ in range(options.repeats):
@@ -174,17 +198,18 @@ def measure(case: Case, folder: Path, options: argparse.Namespace) -> list[dict[
             rates[name].append(seconds[name] / spent)
             print(f"{case.name}: {name} {seconds[name]:.1f} s of audio in {spent:.1f} s", flush=True)
     medians = {name: float(np.median(values)) for name, values in rates.items()}
-    speedup = medians["bark_fast"] / medians["transformers"] if "transformers" in medians else ""
-    reached = speedup if case.beside_hf else medians["bark_fast"]
+    speedup = medians["bark_fast"] / medians[case.peer] if case.peer in medians else ""
+    reached = speedup if case.peer else medians["bark_fast"]
     met: bool | str = ""
     if reached != "":
         met = reached >= case.target
-        measured = "x Hugging Face" if case.beside_hf else " s of audio per second"
+        measured = f"x {case.peer}" if case.peer else " s of audio per second"
         print(f"{case.name}: {reached:.2f}{measured}, wanted {case.target}: {'met' if met else 'NOT MET'}")
     return [
         {
             "case": case.name, "size": options.size, "dtype": options.dtype, "device": options.device,
-            "requests": len(case.seconds), "batch": case.batch if name == "bark_fast" else HF_BATCH,
+            "requests": len(case.seconds),
+            "batch": {"bark_fast": case.batch, IN_ORDER: 1}.get(name, HF_BATCH),
             "contender": name, "audio_seconds": seconds[name], "unit": "audio s per s", **quantiles(values),
             "speedup": speedup if name == "bark_fast" else 1.0, "target": case.target, "met": met,
         }

@@ -19,7 +19,7 @@ from bark_fast.ops.noise import PhiloxNoise, TorchNoise
 from bark_fast.pipeline import Bark
 from bark_fast.sampling import SamplingParams, SamplingRule, StageDefaults
 from bark_fast.stages.request import Options
-from bark_fast.stages.utterance import long_form
+from bark_fast.stages.utterance import Speech, long_form
 from bark_fast.work import Decode, Stage
 
 CPU = torch.device("cpu")
@@ -139,6 +139,8 @@ def tokens_of(outcome: Outcome) -> Any:
         return str(outcome.error)
     return [
         [getattr(speech.tokens, stage).tolist() for stage in ("semantic", "coarse", "fine")]
+        if isinstance(speech, Speech)
+        else str(speech)
         for speech in outcome.result
     ]
 

@@ -153,7 +153,7 @@ def test_a_case_whose_graphs_are_captured_is_passed_once_before_it_is_timed(monk
 
     monkeypatch.setattr(bench_engine, "Bark", Speaker)
     monkeypatch.setattr(bench_engine, "speak_ours", speak)
-    case = bench_engine.Case("many", [5.0] * 3, 2, 100.0, beside_hf=False)
+    case = bench_engine.Case("many", [5.0] * 3, 2, 100.0, peer="")
     (row,) = bench_engine.measure(case, Path(), engine_options())
     assert spoken == [[0.3] * 2] + [[5.0] * 3] * (2 + len(captures))
     assert row["p50"] == 2.0 and row["met"] is False

@@ -6,6 +6,7 @@ Options and errors that need no process of their own share the tests', which has
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -162,6 +163,12 @@ class TestSay:
         assert_one_line_error(say(text * 5, "-q"), "256", "long_form")
         assert say(text, "--long-form", "-o", "long.wav", "-q").returncode == 0
         assert soundfile.info(say.folder / "long.wav").duration > 1.0
+        shown = say(text, "--long-form", "--voice", "v2/en_speaker_6", "-o", "long.wav").stderr
+        seconds = re.search(
+            r"audio in ([\d.]+) s .*; semantic ([\d.]+), coarse ([\d.]+), fine ([\d.]+), codec", shown
+        )
+        waited, *stages = map(float, seconds.groups())
+        assert sum(stages) <= waited + 0.2
 
     def test_without_a_model_or_a_hub_it_speaks_noise_and_says_so(self, run):
         done = run("say", "Hello.", "--max-seconds", "0.3", "--quiet", "-o", "noise.wav")

@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import bark_fast
 from bark_fast import (
     Audio,
     Bark,
@@ -24,12 +22,9 @@ from bark_fast import (
     InvalidInput,
     InvalidVoice,
     SamplingParams,
-    TextTooLong,
 )
-from bark_fast.errors import EndedTooEarly
 from bark_fast.options import samples_of
 from bark_fast.progress import Progress, ProgressBar
-from bark_fast.stages import utterance
 from bark_fast.stages.semantic import max_tokens
 
 soundfile = pytest.importorskip("soundfile")
@@ -139,77 +134,6 @@ class TestVoices:
     def test_voices_are_one_or_one_per_text(self, suno_bark):
         with pytest.raises(InvalidInput, match="2 voices for 3 texts"):
             suno_bark.generate(["a", "b", "c"], voice=[None, None])
-
-
-class TestLongForm:
-    def test_without_it_a_long_text_names_the_remedy(self, suno_bark):
-        with pytest.raises(TextTooLong, match=r"text has \d+ tokens; Bark reads 256\. .*long_form=True"):
-            suno_bark.generate(LONG)
-
-    def test_chunks_are_joined_with_a_pause_and_carry_the_voice(self, suno_bark):
-        text = LONG[:300]
-        chunks = bark_fast.split_text(text, suno_bark.tokenizer)
-        assert len(chunks) > 2
-        audio = suno_bark.generate(text, seed=3, long_form=True, max_seconds=0.6)
-        first = suno_bark.generate(chunks[0], seed=3, max_seconds=0.6)
-        length, pause = len(first.samples), round(0.25 * 24_000)
-        assert np.array_equal(audio.samples[:length], first.samples)
-        assert not audio.samples[length : length + pause].any()
-        frames = audio.tokens.fine.shape[1]
-        assert len(audio.samples) == 320 * frames + pause * (len(chunks) - 1)
-        # the second chunk is spoken in the first one's voice, with noise of its own
-        alone = suno_bark.generate(chunks[1], voice=first, seed=3, max_seconds=0.6)
-        n = len(first.tokens.semantic)
-        second = audio.tokens.semantic[n : n + len(alone.tokens.semantic)]
-        assert not np.array_equal(second, alone.tokens.semantic)
-
-    def test_with_the_torch_generator_it_is_sunos_loop(self, suno_bark, suno_peer):
-        """suno's way to speak long texts: sentence after sentence, each with the last one as its history."""
-        text = LONG[:250]
-        chunks = bark_fast.split_text(text, suno_bark.tokenizer)
-        torch.manual_seed(4)
-        history, parts = None, []
-        for chunk in chunks:
-            part = suno_peer.speak(chunk, history, max_seconds=0.6)
-            history = {
-                "semantic_prompt": part.semantic, "coarse_prompt": part.coarse, "fine_prompt": part.fine
-            }  # fmt: skip
-            parts.append(part)
-        audio = suno_bark.generate(text, seed=4, rng="torch", long_form=True, max_seconds=0.6)
-        assert np.array_equal(audio.tokens.fine, np.concatenate([p.fine for p in parts], axis=1))
-
-    def test_a_given_voice_speaks_every_chunk(self, suno_bark, preset):
-        events = []
-        text = LONG[:250]
-        suno_bark.generate(text, seed=0, voice=preset, long_form=True, max_seconds=0.3, progress=events.append)
-        assert {e.chunk for e in events} == set(range(len(bark_fast.split_text(text, suno_bark.tokenizer))))
-
-    def test_every_chunk_left_out_is_told_with_its_text(self, suno_bark, monkeypatch):
-        """Of the same number of as many, too, which Python's own filter takes for the same warning."""
-        speak = utterance.utterance
-
-        def silent_at_first(text, history, options, chunk=0):
-            if chunk == 0:
-                raise EndedTooEarly("the model ended after 0 semantic tokens")
-            return (yield from speak(text, history, options, chunk))
-
-        monkeypatch.setattr(utterance, "utterance", silent_at_first)
-        options = {"seed": 0, "long_form": True, "max_seconds": 0.1}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")
-            for _ in range(2):
-                suno_bark.generate([LONG[:200], LONG[:200]], **options)
-                suno_bark.generate(LONG[:200], **options)
-            list(suno_bark.stream_results([LONG[:200]], **options))
-        told = [str(one.message).partition(" was left out: the model ended after 0")[0] for one in caught]
-        (whole,) = {one.rpartition(" ")[2] for one in told}
-        names = ["text[0]: ", "text[1]: ", ""] * 2 + ["request 0: "]
-        assert sorted(told) == sorted(f"{name}chunk 1 of {whole}" for name in names)
-
-    def test_a_short_text_is_one_chunk(self, suno_bark):
-        a = suno_bark.generate("One.", seed=0, long_form=True, max_seconds=0.3)
-        b = suno_bark.generate("One.", seed=0, max_seconds=0.3)
-        assert np.array_equal(a.samples, b.samples)
 
 
 class TestProgress:

@@ -70,25 +70,38 @@ def _frames(semantic_tokens: IntArray, options: Options) -> int:
 
 
 def long_form(
-    chunks: Sequence[IntArray], voice: Tokens | None, options: Options, which: str = ""
-) -> Stage[list[Speech]]:
+    chunks: Sequence[IntArray], voice: Tokens | None, options: Options, first: int = 0
+) -> Stage[list[Speech | EndedTooEarly]]:
     """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next.
 
-    Where the model ends at once in some of several chunks, the others are kept; a warning says what is missing.
+    Where the model ends a chunk at once, the reason stands in its place. first: the first one's number within
+    its text.
+    """
+    spoken: list[Speech | EndedTooEarly] = []
+    last: Tokens | None = None
+    for index, text in enumerate(chunks, first):
+        try:
+            speech = yield from utterance(text, last if voice is None else voice, options, index)
+        except EndedTooEarly as error:
+            spoken.append(error)
+        else:
+            spoken.append(speech)
+            last = speech.tokens
+    return spoken
+
+
+def heard(spoken: Sequence[Speech | EndedTooEarly], which: str = "") -> list[Speech]:
+    """The chunks of a text that say something; a warning says which do not. Raises EndedTooEarly if none does.
+
     which: the text's name among others, for that.
     """
-    spoken: list[Speech] = []
-    silent: list[tuple[int, EndedTooEarly]] = []
-    for index, text in enumerate(chunks):
-        history = voice if voice is not None or not spoken else spoken[-1].tokens
-        try:
-            spoken.append((yield from utterance(text, history, options, index)))
-        except EndedTooEarly as error:
-            silent.append((index, error))
-    if not spoken:
-        raise silent[0][1]
-    for index, reason in silent:
-        said = f"{which}{': ' if which else ''}chunk {index + 1} of {len(chunks)} was left out: {reason}"
+    kept = [one for one in spoken if isinstance(one, Speech)]
+    for index, reason in enumerate(spoken):
+        if isinstance(reason, Speech):
+            continue
+        if not kept:
+            raise reason
+        said = f"{which}{': ' if which else ''}chunk {index + 1} of {len(spoken)} was left out: {reason}"
         # with a registry of its own, or Python would not say the same of another text, or another time
         warnings.warn_explicit(said, RuntimeWarning, __file__, 0, __name__, registry={})
-    return spoken
+    return kept
