@@ -83,8 +83,9 @@ class Bark:
             for place in replicas
         ] or [make_runner(checkpoint, device, max_batch, max_memory, offload)]
         self.runner = self.runners[0]
-        limits = Limits(utterances=max_batch, one_model=offload)
-        schedulers: list[Scheduler[Spoken]] = [Scheduler(one, limits=limits) for one in self.runners]
+        schedulers: list[Scheduler[Spoken]] = [
+            Scheduler(one, limits=Limits.of(one, max_batch, offload)) for one in self.runners
+        ]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self._worker = self.scheduler if isinstance(self.scheduler, Replicas) else Worker(self.scheduler)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
+from bark_fast.kernels.target import COMPILE, Target, cdiv, on_its_device, precision, registers, target_of
 from bark_fast.kernels.tf32 import for_product
 
 HEAD_DIMS = (32, 64, 128)
@@ -44,7 +44,7 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, time: int, pairs: 
     # than lets two be resident. Blocks of 128 queries read keys half as often, and are taken once they alone
     # give every processor two programs; below that (one utterance: 12 or 16 heads of 1,024 queries) blocks of
     # 64 reach more processors.
-    few = masked or pairs * triton.cdiv(time, 128) < 2 * target.processors
+    few = masked or pairs * cdiv(time, 128) < 2 * target.processors
     if target.mma_sync:
         warps = max(4, head_dim // 16)  # 32 queries each where they fit: mma.sync reads operands warp by warp
         return Blocks(64, 64 if head_dim < 128 else 32, 4, 3) if few else Blocks(128, 32, warps, 3)
@@ -178,7 +178,7 @@ def attention(
     pairs = batch * heads
     target = target_of(query.device)
     entry = blocks(target, head_dim, query.dtype, time, pairs, key_mask is not None)
-    blocks_m = triton.cdiv(time, entry.queries)
+    blocks_m = cdiv(time, entry.queries)
     # A causal grid that does not fill the GPU twice over is resident at once: the second program a processor
     # gets should be as short as its first is long. A larger grid evens out if long programs come first.
     fits = pairs * blocks_m <= 2 * target.processors

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, on_its_device
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device
 
 BLOCK = 128
 STEP = tl.constexpr(1)
@@ -56,7 +56,7 @@ def advance(
     vectors = (ids, positions, lengths, slots, remaining, eos)
     assert all(v.shape == (rows,) and v.is_contiguous() for v in vectors) and tokens.shape == (rows,)
     assert places.shape == (rows, 4) and places.stride(1) == block_tables.stride(1) == drawn.stride(1) == 1
-    _advance_kernel[(triton.cdiv(rows, BLOCK),)](
+    _advance_kernel[(cdiv(rows, BLOCK),)](
         tokens, ids, positions, lengths, slots, places, remaining, eos, block_tables, drawn,
         rows, page_size, block_tables.shape[1], drawn.shape[1],
         tokens.stride(0), places.stride(0), block_tables.stride(0), drawn.stride(0),

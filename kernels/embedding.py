@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, on_its_device
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device, power_of_2
 
 MAX_CODEBOOKS = 8
 """EnCodec at 24 kHz has 8 codebooks; `embed_codes` takes as many tables."""
@@ -69,8 +69,8 @@ def _embed_codes_kernel(
 
 def _blocks(width: int) -> tuple[int, int, int]:
     """Columns a program takes, programs a row, warps: 16 bytes of bf16 a thread and load."""
-    block = min(triton.next_power_of_2(width), 1024)
-    return block, triton.cdiv(width, block), max(1, block // 256)
+    block = min(power_of_2(width), 1024)
+    return block, cdiv(width, block), max(1, block // 256)
 
 
 @on_its_device

@@ -11,6 +11,7 @@ throughout: the normalised row is not rounded.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
-from bark_fast.kernels.target import COMPILE, Target, registers
+from bark_fast.kernels.target import COMPILE, Target, cdiv, registers
 
 MAX_ROWS = 8
 MAX_CHUNKS = 16
@@ -111,6 +112,7 @@ class Tile:
     warps: int
 
 
+@cache
 def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     """One warp a program where it spans a row in eight loads: no barrier then, and x needs no exchange.
 
@@ -124,7 +126,7 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     kept = dtype.itemsize if rows == 1 else 4  # bytes of a weight: for several rows it is converted once
     block_n = 1
     for wider in (2, 4):
-        programs = triton.cdiv(n, wider)
+        programs = cdiv(n, wider)
         if (
             programs >= (4 if rows == 1 else 2) * target.processors
             and wider * k * kept <= WEIGHT_BYTES * 32 * warps
@@ -135,7 +137,7 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
 
 def fits(rows: int, k: int, chosen: Tile) -> bool:
     """Whether the kernel takes so many rows of x, and holds rows of the weight of that length."""
-    return rows <= MAX_ROWS and triton.cdiv(k, chosen.block_k) <= MAX_CHUNKS
+    return rows <= MAX_ROWS and cdiv(k, chosen.block_k) <= MAX_CHUNKS
 
 
 def gemv(
@@ -154,13 +156,13 @@ def gemv(
     norm_weight, norm_bias = norm or (None, None)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     if out.numel():
-        _gemv_kernel[(triton.cdiv(n, chosen.block_n),)](
+        _gemv_kernel[(cdiv(n, chosen.block_n),)](
             x, x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias,
             weight, x if bias is None else bias, x if residual is None else residual, out,
             n, k, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
             HAS_NORM=norm is not None, HAS_NORM_BIAS=norm_bias is not None, HAS_BIAS=bias is not None,
             HAS_RESIDUAL=residual is not None, GELU=gelu, ROWS=rows,
-            BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, CHUNKS=triton.cdiv(k, chosen.block_k),
+            BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, CHUNKS=cdiv(k, chosen.block_k),
             EVEN=k % chosen.block_k == 0, PDL=pdl, num_warps=chosen.warps,
             # not told so, ptxas spills to fit one program more onto a processor (SASS of triton 3.9)
             **(registers(255) if rows > 1 else {}),

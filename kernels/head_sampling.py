@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bark_fast.kernels.philox import STEP, exponential_run, load_place
 from bark_fast.kernels.sampling import GIVEN, NO_NOISE, PHILOX, load_window
-from bark_fast.kernels.target import COMPILE, on_its_device
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device
 from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, EOS = (tl.constexpr(int(c)) for c in (RuleInt.DIALECT, RuleInt.GREEDY, RuleInt.EOS))
@@ -205,7 +205,7 @@ def _head_sample_kernel(
 def tiles(window: int, rows: int) -> tuple[int, int]:
     """Columns of a tile, and how many there are."""
     tile = 16 if rows == 1 else 64
-    return tile, triton.cdiv(window, tile)
+    return tile, cdiv(window, tile)
 
 
 def head_scratch(window: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -252,8 +252,8 @@ def head_sample(
         rows, width, len(head), count, x.stride(0), head.stride(0), 0 if noise is None else noise.stride(0),
         rules.stride(0), numbers.stride(0), places.stride(0),
         NOISE=kind.value, HAS_BIAS=norm_bias is not None, ROWS=padded, TILE=tile,
-        STEPS=triton.cdiv(width, TILE_K[padded]), TILE_K=TILE_K[padded],
-        STEPS_X=triton.cdiv(width, TILE_X[padded]), TILE_X=TILE_X[padded], JOIN=JOIN[padded],
+        STEPS=cdiv(width, TILE_K[padded]), TILE_K=TILE_K[padded],
+        STEPS_X=cdiv(width, TILE_X[padded]), TILE_X=TILE_X[padded], JOIN=JOIN[padded],
         num_warps=4 if padded == 1 else 8, num_stages=3, **COMPILE,
     )  # fmt: skip
     return tokens, flag

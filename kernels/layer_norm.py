@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE
+from bark_fast.kernels.target import COMPILE, cdiv, power_of_2
 
 EPS = tl.constexpr(1e-5)
 
@@ -80,7 +80,7 @@ def layer_norm(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None) -> Tens
     assert x.stride(1) == 1 and 0 < width <= MAX_WIDTH and norm_weight.shape == (width,)
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = power_of_2(width)
         warps = min(max(1, block // 256), 16)
         _layer_norm_kernel[(rows,)](
             x, norm_weight, norm_weight if norm_bias is None else norm_bias, out,
@@ -96,7 +96,7 @@ def epilogue_(y: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: boo
     assert y.stride(1) == 1
     assert residual is None or (residual.shape == y.shape and residual.stride(1) == 1)
     if y.numel() and (bias is not None or residual is not None or gelu):
-        _epilogue_kernel[(rows, triton.cdiv(width, EPILOGUE_BLOCK))](
+        _epilogue_kernel[(rows, cdiv(width, EPILOGUE_BLOCK))](
             y, y if bias is None else bias, y if residual is None else residual,
             width, y.stride(0), 0 if residual is None else residual.stride(0),
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GELU=gelu,

@@ -13,6 +13,7 @@ is last. It leaves the tile's counter at zero, so that a captured graph can be r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.layer_norm import EPS, gelu
-from bark_fast.kernels.target import COMPILE, Target, precision, registers, target_of
+from bark_fast.kernels.target import COMPILE, Target, cdiv, power_of_2, precision, registers, target_of
 from bark_fast.kernels.tf32 import for_product
 
 MAX_NORM_ROWS = 16
@@ -177,7 +178,7 @@ class Tile:
 
     def partials(self, rows: int, n: int) -> tuple[int, int]:
         """Sums and counters that splitting k wants in scratch for out (rows, n)."""
-        tiles = triton.cdiv(rows, self.block_m) * triton.cdiv(n, self.block_n)
+        tiles = cdiv(rows, self.block_m) * cdiv(n, self.block_n)
         return (self.splits * tiles * self.block_m * self.block_n, tiles) if self.splits > 1 else (0, 0)
 
 
@@ -187,6 +188,7 @@ def normalises(x: Tensor, chosen: Tile) -> bool:
     return chosen.fused_norm and len(x) <= MAX_NORM_ROWS and held <= MAX_NORM_BYTES * 32 * chosen.warps
 
 
+@cache
 def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
     """Up to 64 rows: narrow blocks of the weight, k split until each processor has work; beyond: square blocks.
 
@@ -196,14 +198,14 @@ def tile(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Tile:
         most = 32 if target.small else 64
         block_m, block_n, block_k, warps, stages = (16 if rows <= 16 else most), 32, 32, 4, 3
     elif rows <= 64:
-        block_m = max(16, triton.next_power_of_2(rows))
+        block_m = max(16, power_of_2(rows))
         narrow = n <= 1024
         block_n, block_k = (16 if narrow and rows <= 16 else 32), (64 if narrow and k <= 1024 else 128)
         warps = block_n // 8
         stages = 4 if 6 * (block_m + block_n) * block_k <= target.shared_memory else 3  # one is in registers
     else:
         block_m, block_n, block_k, warps, stages = 128, 128, 64, 8, 3
-    tiles = triton.cdiv(rows, block_m) * triton.cdiv(n, block_n)
+    tiles = cdiv(rows, block_m) * cdiv(n, block_n)
     splits = 1
     most = MAX_SPLITS if rows <= 16 else 4  # partial sums grow with the rows, and soon outweigh the weight
     while splits < most and 4 * splits * tiles < 3 * target.processors and k >= 3 * block_k * splits:
@@ -238,14 +240,14 @@ def matmul(
         )
     assert scratch[0].dtype == torch.float32 and scratch[0].numel() >= sums and scratch[0].is_contiguous()
     assert scratch[1].dtype == torch.int32 and scratch[1].numel() >= counters and scratch[1].is_contiguous()
-    tiles = triton.cdiv(rows, chosen.block_m) * triton.cdiv(n, chosen.block_n)
-    blocks = triton.cdiv(k, chosen.block_k)
-    steps = triton.cdiv(blocks, chosen.splits)
+    tiles = cdiv(rows, chosen.block_m) * cdiv(n, chosen.block_n)
+    blocks = cdiv(k, chosen.block_k)
+    steps = cdiv(blocks, chosen.splits)
     span = steps * chosen.block_k
     small = target_of(x.device).small
     # neither the interpreter nor AMD's GPUs run PTX
     streaming = rows <= 64 and x.device.type != "cpu" and torch.version.hip is None
-    prefetch = triton.next_power_of_2(triton.cdiv(span * x.element_size(), 128)) if streaming else 0
+    prefetch = power_of_2(cdiv(span * x.element_size(), 128)) if streaming else 0
     _matmul_kernel[(tiles, chosen.splits)](
         x, x if norm_weight is None else norm_weight, x if norm_bias is None else norm_bias,
         weight, x if bias is None else bias, x if residual is None else residual, out, *scratch,

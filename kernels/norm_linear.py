@@ -12,12 +12,11 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from bark_fast.kernels import gemv, matmul
 from bark_fast.kernels.layer_norm import epilogue_, layer_norm
-from bark_fast.kernels.target import Target, on_its_device, target_of
+from bark_fast.kernels.target import Target, cdiv, on_its_device, power_of_2, target_of
 
 Plan: TypeAlias = gemv.Tile | matmul.Tile | None
 """The kernel that multiplies and its tile; None is cuBLAS."""
@@ -37,7 +36,7 @@ MATMUL_ROWS = {torch.float32: 0, torch.float16: 64, torch.bfloat16: 64}
 
 def bucket(rows: int) -> int:
     """Rows rounded up to a power of two: tables have one entry for all of them."""
-    return int(triton.next_power_of_2(rows))
+    return power_of_2(rows)
 
 
 def plan(target: Target, dtype: torch.dtype, rows: int, n: int, k: int) -> Plan:
@@ -97,9 +96,9 @@ def planned(
 
 def make_scratch(rows: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sums and zeroed counters for `linear` of up to so many rows and outputs, in blocks up to 128 x 128."""
-    padded = bucket(max(rows, 16)) if rows <= 64 else triton.cdiv(rows, 128) * 128
-    sums = matmul.MAX_SPLITS * padded * triton.cdiv(n, 128) * 128
-    counters = triton.cdiv(rows, 16) * triton.cdiv(n, 16)
+    padded = bucket(max(rows, 16)) if rows <= 64 else cdiv(rows, 128) * 128
+    sums = matmul.MAX_SPLITS * padded * cdiv(n, 128) * 128
+    counters = cdiv(rows, 16) * cdiv(n, 16)
     return (
         torch.empty(sums, dtype=torch.float32, device=device),
         torch.zeros(counters, dtype=torch.int32, device=device),

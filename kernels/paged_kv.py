@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bark_fast.kernels.attention import HEAD_DIMS, LOG2_E, wide
-from bark_fast.kernels.target import COMPILE, on_its_device, registers, target_of
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device, power_of_2, registers, target_of
 
 PAGE_SIZES = (16, 32, 64)
 MAX_PARTS = 32
@@ -232,7 +232,7 @@ def paged_attention(
         return
     # two programs a processor keep the memory busy; the rule sees shapes only, so that a captured graph stays
     # right whatever the lengths become
-    parts = min(triton.cdiv(2 * target_of(query.device).processors, pairs), columns * page_size // LEAST_PART)
+    parts = min(cdiv(2 * target_of(query.device).processors, pairs), columns * page_size // LEAST_PART)
     if partials is None or counters is None or counters.numel() < pairs:
         parts = 1
     else:
@@ -260,8 +260,8 @@ def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> N
     width = n_head * head_dim
     assert qkv.shape == (len(slots), 3 * width) and qkv.stride(1) == 1 and qkv.dtype == k_pages.dtype
     if len(qkv) and width:
-        block = min(triton.next_power_of_2(width), 1024)
-        _append_kernel[(len(qkv), triton.cdiv(width, block))](
+        block = min(power_of_2(width), 1024)
+        _append_kernel[(len(qkv), cdiv(width, block))](
             qkv, k_pages, v_pages, slots, qkv.stride(0), slots.stride(0), num_pages, n_head,
             PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, num_warps=max(1, block // 256), **COMPILE,
         )  # fmt: skip
@@ -274,7 +274,7 @@ def copy_pages(k_pages: Tensor, v_pages: Tensor, pairs: Tensor) -> None:
     assert pairs.shape == (len(pairs), 2) and pairs.stride(1) == 1
     elements = k_pages[0].numel() if len(k_pages) else 0
     if len(pairs) and elements:
-        _copy_kernel[(triton.cdiv(elements, 1024), 2)](
+        _copy_kernel[(cdiv(elements, 1024), 2)](
             k_pages, v_pages, pairs, pairs.stride(0), len(k_pages), len(pairs), elements,
             BLOCK=1024, num_warps=4, num_stages=1, **COMPILE,
         )  # fmt: skip
@@ -289,7 +289,7 @@ def gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> N
     assert out.dtype == pages.dtype and length <= len(block_table) * page_size
     if out.numel():
         block = 4096 // head_dim
-        _gather_kernel[(triton.cdiv(length, block), n_head)](
+        _gather_kernel[(cdiv(length, block), n_head)](
             pages, block_table, out, out.stride(0), out.stride(1), num_pages, length,
             PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK=block, num_warps=4, **COMPILE,
         )  # fmt: skip

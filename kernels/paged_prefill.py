@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bark_fast.kernels.attention import LOG2_E, Blocks, masked_step, normalized, open_step, wide
 from bark_fast.kernels.paged_kv import check_pages, slot_places, token_places
-from bark_fast.kernels.target import COMPILE, Target, on_its_device, precision, registers, target_of
+from bark_fast.kernels.target import COMPILE, Target, cdiv, on_its_device, precision, registers, target_of
 from bark_fast.kernels.tf32 import for_product
 
 
@@ -26,7 +26,7 @@ def blocks(target: Target, head_dim: int, dtype: torch.dtype, max_queries: int, 
         return Blocks(32, 16, 4 if head_dim < 128 else 8, 2)  # wider ones spill: operands are held in registers
     # One prompt of 257 rows and 12 heads is 60 blocks of 64 rows, which leave half of a large GPU idle: blocks
     # of 32 (two warps, whose 16 rows each keep a row's scores within a warp) then halve the longest program.
-    if pairs * triton.cdiv(max_queries, 64) < target.processors:
+    if pairs * cdiv(max_queries, 64) < target.processors:
         return Blocks(32, 64, 2, 2) if head_dim < 128 else Blocks(32, 32, 4, 2)  # with two warps it spills
     return Blocks(64, 64 if head_dim < 128 else 32, 4, 2)
 
@@ -119,7 +119,7 @@ def paged_prefill(
     if not rows or not width or not seqs:
         return
     entry = blocks(target_of(qkv.device), head_dim, qkv.dtype, max_queries, seqs * n_head)
-    _prefill_kernel[(triton.cdiv(max_queries, entry.queries), n_head, seqs)](
+    _prefill_kernel[(cdiv(max_queries, entry.queries), n_head, seqs)](
         qkv, k_pages, v_pages, block_table, lengths, query_starts, slots, out,
         qkv.stride(0), block_table.stride(0), slots.stride(0), out.stride(0),
         rows, columns, num_pages, n_head, scale * LOG2_E,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bark_fast.kernels.target import COMPILE, on_its_device
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device, power_of_2
 
 MULTIPLIER_0 = tl.constexpr(0xD2511F53)
 MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
@@ -101,8 +101,8 @@ def exponential(places: Tensor, width: int, rows_a_program: int = 1) -> Tensor:
     rows = len(places)
     out = torch.empty(rows, width, dtype=torch.float32, device=places.device)
     if rows and width:
-        block = max(4, min(BLOCK, triton.next_power_of_2(width)))
-        _exponential_kernel[(triton.cdiv(rows, rows_a_program), triton.cdiv(width, block))](
+        block = max(4, min(BLOCK, power_of_2(width)))
+        _exponential_kernel[(cdiv(rows, rows_a_program), cdiv(width, block))](
             places, out, places.stride(0), out.stride(0), rows, width,
             ROWS=rows_a_program, BLOCK=block, num_warps=max(1, block // 256), **COMPILE,
         )  # fmt: skip

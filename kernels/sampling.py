@@ -28,7 +28,7 @@ from bark_fast.kernels.selection import (
     search,
     weights,
 )  # fmt: skip
-from bark_fast.kernels.target import COMPILE, on_its_device
+from bark_fast.kernels.target import COMPILE, cdiv, on_its_device, power_of_2
 from bark_fast.rule_layout import RuleFloat, RuleInt
 
 DIALECT, GREEDY, WINDOWS, LOW0, HIGH0, LOW1, HIGH1, EOS, TOP_K = (tl.constexpr(int(c)) for c in RuleInt)
@@ -232,7 +232,7 @@ def _sample_kernel(
 
 def _launch(window: int, rows_a_program: int, chunk: int, filters: bool) -> tuple[int, int, int, int]:
     """Columns of the window tile and of the candidates' tile, thresholds a round, warps."""
-    block = max(16, triton.next_power_of_2(window))
+    block = max(16, power_of_2(window))
     # with all columns kept, two turns of fewer registers let more programs onto a processor
     chunk = min(block, chunk) if filters else min(max(16, block // 2), chunk)
     return (
@@ -282,7 +282,7 @@ def sample(
     assert scratch is None or (scratch.shape == (rows, chunk) and scratch.is_contiguous())
     assert tokens.is_contiguous() and tokens.dtype == torch.int64 and len(tokens) == rows
     if rows:
-        _sample_kernel[(triton.cdiv(rows, rows_a_program),)](
+        _sample_kernel[(cdiv(rows, rows_a_program),)](
             logits, logits if noise is None else noise, rules, numbers, places, tokens, flag,
             flag if scratch is None else scratch,
             rows, logits.shape[1], logits_low, logits.stride(0), 0 if noise is None else noise.stride(0),

@@ -100,6 +100,16 @@ def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Re
     return launched
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is made for kernels, and takes a host several times as long."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is n or more, n at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 @contextmanager
 def assume(target: Target) -> Iterator[None]:
     """Let launch tables see `target` where tensors lie on no GPU."""

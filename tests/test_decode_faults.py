@@ -12,7 +12,7 @@ import torch
 from engine_load import RULE, runner_of
 
 from bark_fast.engine import burst, capture
-from bark_fast.engine.capture import GraphMemory
+from bark_fast.engine.capture import CaptureFailed, GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.held_noise import HeldNoise
@@ -182,13 +182,42 @@ def test_a_capture_that_fails_is_told_once_and_costs_no_token(suno_bark: Bark, m
 
     def refuse(memory: GraphMemory, step: Callable[[], None]) -> None:
         memory.failed = True
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise CaptureFailed("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(GraphMemory, "capture", refuse)
     with pytest.warns(RuntimeWarning, match="could not capture a decode step of coarse .operation not") as told:
         (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
     assert len([one for one in told if "capture" in str(one.message)]) == 1
     assert outcome.result == expected
+
+
+def test_an_error_before_a_capture_is_the_steps_own(suno_bark: Bark, monkeypatch) -> None:
+    """It does not say that CUDA cannot capture, and the next step is captured."""
+    expected = alone(suno_bark, prompt(30), 60, PhiloxNoise(1, CPU))
+    runner = runner_of(GraphRunner, suno_bark)
+    (loop, _) = runner.loops["coarse"]
+    loop.memory = memory = GraphMemory.__new__(GraphMemory)
+    memory.device, memory.side, memory.pool, memory.failed = CPU, None, None, False
+    asked = []
+
+    def graph(*_: object) -> Any:
+        asked.append(None)
+        raise RuntimeError("capture refused")
+
+    for name, value in {"current_stream": lambda device: None, "empty_cache": lambda: None,
+                        "memory_reserved": lambda device: 0, "CUDAGraph": lambda: None, "graph": graph,
+                        "set_stream": lambda stream: None}.items():  # fmt: skip
+        monkeypatch.setattr(capture.torch.cuda, name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+        (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
+    assert str(outcome.error) == "CUDA out of memory"
+    assert not asked
+    assert not memory.failed
+    with pytest.warns(RuntimeWarning, match="could not capture a decode step of coarse .capture refused"):
+        (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
+    assert outcome.result == expected
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("length", range(17, 33, 3))
@@ -245,7 +274,7 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, 
     }.items():  # fmt: skip
         monkeypatch.setattr(capture.torch.cuda, name, value)
     memory = GraphMemory(torch.device("cuda"))
-    with pytest.raises(RuntimeError, match="invalidated") if fails else nullcontext():
+    with pytest.raises(CaptureFailed, match="invalidated") if fails else nullcontext():
         assert memory.capture(lambda: ran.append(streams.current)) == ("graph", 30)
     assert ran == ["caller's", "caller's", "of priority -1"]  # cuBLAS has room for each stream
     assert streams.current == "caller's"

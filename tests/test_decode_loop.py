@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.kv_pool import PAGE_SIZE
 from bark_fast.engine.runner import EagerRunner
-from bark_fast.engine.scheduler import Scheduler, Utterance
+from bark_fast.engine.scheduler import Limits, Scheduler, Utterance
 from bark_fast.errors import GenerationError
 from bark_fast.modules import gpt, layer
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
@@ -211,6 +213,51 @@ def test_draws_that_are_not_taken_back_are_noticed(suno_bark: Bark, monkeypatch)
     monkeypatch.setattr(held_noise.Rewindable, "settle", forget)
     got = of_generators(runner_of(GraphRunner, suno_bark, "cpu"), seeds, 1)
     assert got != expected
+
+
+def unmoved_window() -> Stage[list[int]]:
+    """The second prompt is what was drawn: all of it is cached, but for its last token."""
+    rule = SamplingRule("suno", COARSE, 12_096, temperature=0.7)
+    prompt = list(range(10_000, 10_040))
+    first = yield Decode("coarse", torch.tensor(prompt).numpy(), rule, 20)
+    grown = torch.tensor([*prompt, *first.tokens]).numpy()
+    second = yield Decode("coarse", grown, rule, 20, first_step=20)
+    return [*first.tokens.tolist(), *second.tokens.tolist()]
+
+
+def summed_prompt() -> Stage[list[int]]:
+    """The second prompt is the first; an embedding is added to its last row, which no burst can do."""
+    rule = SamplingRule("suno", SEMANTIC, 10_048, temperature=0.7)
+    work = Decode("semantic", torch.arange(40).numpy(), rule, 8, merged=torch.arange(500, 540).numpy())
+    first = yield replace(work, max_new_tokens=1)
+    second = yield work
+    return [*first.tokens.tolist(), *second.tokens.tolist()]
+
+
+@pytest.mark.parametrize(("make", "plain"), [(unmoved_window, [40]), (summed_prompt, [40, 1])])
+def test_the_last_row_of_a_prompt_begins_a_burst(suno_bark: Bark, monkeypatch, make, plain) -> None:
+    """It is a decode step as any other, not a step of its own that the host launches."""
+    (expected,) = Scheduler(runner_of(EagerRunner, suno_bark)).run([Utterance(make(), PhiloxNoise(3, CPU))])
+    fed: list[int] = []
+    step = EagerRunner._step
+
+    def counted(runner: EagerRunner, model: str, sequences: Any) -> list[list[int]]:
+        fed.extend(len(one.feed) for one in sequences)
+        return step(runner, model, sequences)
+
+    monkeypatch.setattr(EagerRunner, "_step", counted)
+    (outcome,) = Scheduler(runner_of(GraphRunner, suno_bark)).run([Utterance(make(), PhiloxNoise(3, CPU))])
+    assert expected.error is outcome.error is None
+    assert outcome.result == expected.result
+    assert fed == plain
+
+
+def test_prompts_take_no_longer_than_the_steps_of_a_round(suno_bark: Bark) -> None:
+    """Of which a burst has many: a budget for one step would let a batch wait for its members."""
+    eager, bursting = (runner_of(kind, suno_bark) for kind in (EagerRunner, GraphRunner))
+    assert [Limits.of(runner, 7).prefill_rows for runner in (eager, bursting)] == [512, 8192]
+    assert Scheduler(bursting, 7).rounds.limits == Limits.of(bursting, 7)
+    assert Limits.of(eager, 7, one_model=True) == Limits(7, one_model=True)
 
 
 def test_a_step_takes_more_than_one_token_from_a_burst(suno_bark: Bark) -> None:

@@ -245,6 +245,35 @@ class TestFailures:
         assert got[0].error is not None
         assert got[1].result[0] == "a"
 
+    def test_on_a_gpu_lengths_are_rounded_up_and_go_together(self, runner, monkeypatch):
+        """What comes behind the end changes no sample before it."""
+        rng = np.random.default_rng(0)
+        works = [Vocode(rng.integers(0, 1024, (8, frames))) for frames in (64, 65, 100, 128)]
+        alone = [runner.vocode([work])[0] for work in works]
+        assert [runner.codec_shape(work) for work in works] == [work.codes.shape for work in works]
+        with monkeypatch.context() as patch:
+            patch.setitem(runner.devices, "codec", torch.device("cuda"))
+            shapes = [runner.codec_shape(work) for work in works]
+            assert shapes == [(8, 64), (8, 128), (8, 128), (8, 128)]
+            assert runner.codec_shape(Vocode(works[0].codes[:, :63])) == (8, 63)
+        monkeypatch.setattr(runner, "codec_shape", lambda work: (8, 128))
+        for samples, expected in zip(runner.vocode(works), alone, strict=True):
+            assert samples.shape == expected.shape
+            assert np.abs(samples - expected).max() < 1e-5 * np.abs(expected).max()
+
+    def test_no_more_waveforms_at_once_than_there_is_memory_for(self, runner, monkeypatch):
+        calls = []
+        vocode = runner.vocode
+        monkeypatch.setattr(runner, "vocode", lambda works: calls.append(len(works)) or vocode(works))
+
+        def one(code):
+            return (yield Vocode(np.full((8, 10), code)))
+
+        jobs = [Utterance(one(code), PhiloxNoise(0, runner.device)) for code in range(5)]
+        outcomes = list(Scheduler(runner, limits=Limits(waveforms=2)).run(jobs))
+        assert sorted(calls) == [1, 2, 2]
+        assert len({outcome.result.tobytes() for outcome in outcomes}) == 5
+
     @pytest.mark.parametrize("when", ["interrupt", "close"])
     def test_leaving_early_gives_everything_back(self, runner, when):
         closed = []

@@ -14,7 +14,7 @@ from bark_fast.config import Layout
 from bark_fast.errors import InvalidInput
 from bark_fast.ops.dispatch import prefer
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise, philox4x32
-from bark_fast.ops.sampling import race
+from bark_fast.ops.sampling import exponential, race
 from bark_fast.sampling import SamplingRule, suno_defaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import utterance
@@ -72,6 +72,16 @@ class TestPhiloxNoise:
             with prefer("torch"):
                 assert torch.equal(PhiloxNoise(seed, CPU).codes(*place, 3, width), compiled)
                 assert not torch.equal(PhiloxNoise(seed ^ 1, CPU).codes(*place, 3, width), compiled)
+
+    @pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
+    def test_a_gpus_kernel_is_given_the_places_of_the_draws(self, seed):
+        """It makes the same noise of them, but for the last bits of the logarithm."""
+        noise = PhiloxNoise(seed, CPU)
+        places = noise.places(3, 17, 1000, 5)
+        assert places[:, 1].tolist() == [1000, 1001, 1002, 1003, 1004]
+        with prefer("triton"):
+            drawn = exponential(places, 21)
+        assert torch.allclose(drawn, noise.codes(3, 17, 1000, 5, 21), rtol=1e-6)
 
     def test_a_draw_depends_on_its_place_alone(self):
         noise = PhiloxNoise(7, CPU)

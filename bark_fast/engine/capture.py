@@ -22,6 +22,10 @@ class Capture:
     bytes: int
 
 
+class CaptureFailed(RuntimeError):
+    """CUDA could not capture what it can carry out."""
+
+
 class GraphMemory:
     """Memory of graphs that never run at the same time, and the stream that all of them are captured on.
 
@@ -44,7 +48,7 @@ class GraphMemory:
 
         The step runs twice before, so that what is allocated or compiled once is not captured: on the current
         stream, so that the room cuBLAS has for each stream is made in the capture, and is the graphs'. Raises
-        RuntimeError where CUDA cannot capture; the current stream is then what it was.
+        CaptureFailed where CUDA cannot capture; the current stream is then what it was.
         """
         stream = torch.cuda.current_stream(self.device)
         step()
@@ -64,8 +68,8 @@ class GraphMemory:
                     torch.inference_mode(),
                 ):
                     step()
-        except RuntimeError:
+        except RuntimeError as error:
             self.failed = True
             torch.cuda.set_stream(stream)  # torch leaves the capture's the current one if ending it fails
-            raise
+            raise CaptureFailed(str(error)) from error
         return graph, torch.cuda.memory_reserved(self.device) - held

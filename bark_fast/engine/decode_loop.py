@@ -13,13 +13,14 @@ import numpy.typing as npt
 import torch
 
 from bark_fast.engine.burst import BURST, Buffers, Burst, Row, Shape, place_of, row_of
-from bark_fast.engine.capture import Capture, GraphMemory
+from bark_fast.engine.capture import Capture, CaptureFailed, GraphMemory
 from bark_fast.engine.held_noise import DrawnAhead
 from bark_fast.engine.kv_pool import PAGE_SIZE, KVPool, StepBatch
 from bark_fast.engine.sequence import Sequence
 from bark_fast.engine.transfers import overwrite
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_state import STEP, DecodeState, advance, find_slots
+from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
@@ -49,8 +50,11 @@ class DecodeLoop:
         self.later: Items[Sequence] = ()
 
     def takes(self, sequence: Sequence) -> bool:
-        """Whether the sequence's next step is a plain decode step with noise of this loop's kind."""
-        if sequence.steps == 0 or len(sequence.feed) != 1 or not sequence.draws:
+        """Whether the sequence's next step is a plain decode step with noise of this loop's kind.
+
+        The last row of a prompt is one, too, unless an embedding is added to its own.
+        """
+        if len(sequence.feed) != 1 or not sequence.draws or sequence.extra_feed() != [NO_TOKEN]:
             return False
         if sequence.work.rule.greedy or isinstance(sequence.noise, PhiloxNoise):
             return not self.given
@@ -101,9 +105,7 @@ class DecodeLoop:
         windows = [window for rule in rules for window in rule.windows]
         low, high = min(low for low, _ in windows), max(high for _, high in windows)
         self.shape = Shape(bucket, low, high, packed.window, packed.filters)
-        buffers = self._prepare(self.shape)
-        overwrite(buffers.integers, packed.integers)
-        overwrite(buffers.numbers, packed.numbers)
+        buffers = self._prepare(self.shape, packed)
         on_host = partial(torch.tensor, device="cpu")  # whatever torch's default device is
         host = DecodeState.empty(bucket, self.pool.max_pages, BURST, "cpu")
         count, cached = len(rows), np.array([row.cached for row in rows])
@@ -212,11 +214,13 @@ class DecodeLoop:
         )
         advance(state, tokens, PAGE_SIZE)
 
-    def _prepare(self, shape: Shape) -> Buffers:
-        """The buffers for steps of this shape; the step is captured if that is still to be done."""
+    def _prepare(self, shape: Shape, rules: RuleRows) -> Buffers:
+        """The buffers for steps of this shape and rules; the step is captured if that is still to be done."""
         if shape.rows not in self.buffers:
             self.buffers[shape.rows] = Buffers(shape.rows, self.pool)
         buffers = self.buffers[shape.rows]
+        overwrite(buffers.integers, rules.integers)
+        overwrite(buffers.numbers, rules.numbers)
         if self.memory is None or self.memory.failed or shape in self.graphs:
             return buffers
         for idle, tensor in (
@@ -226,7 +230,7 @@ class DecodeLoop:
         started = time.perf_counter()
         try:
             graph, taken = self.memory.capture(self._step)
-        except RuntimeError as error:
+        except CaptureFailed as error:
             warnings.warn(
                 f"CUDA could not capture a decode step of {self.model} ({error}); its steps are launched one "
                 f"operation at a time, which is slower",

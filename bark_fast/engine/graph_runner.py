@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 
+from bark_fast.engine.burst import BURST
 from bark_fast.engine.capture import Capture, GraphMemory
 from bark_fast.engine.decode_loop import DecodeLoop
 from bark_fast.engine.runner import EagerRunner
@@ -20,6 +21,8 @@ class GraphRunner(EagerRunner):
     Sequences whose noise comes from torch generators have a loop of their own. Nothing is captured on a CPU,
     nor with offloading; the steps are the same. Of models on different devices only those on GPUs burst.
     """
+
+    steps_a_round = 2 * BURST
 
     @cached_property
     def loops(self) -> dict[str, tuple[DecodeLoop, DecodeLoop]]:

@@ -22,6 +22,8 @@ from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, W
 T = TypeVar("T")
 MODELS = ("semantic", "coarse")
 ALL_MODELS = (*MODELS, "fine", "codec")
+PREFILL_ROWS, MOST_PREFILL_ROWS = 512, 8192
+"""Prompt tokens beside one decode step of a model, and at most: what a step computes takes memory, too."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,21 @@ class Limits:
     """Bounds of one round, so that nobody waits long for others.
 
     utterances: how many are under way at a time. prefill_rows: prompt tokens fed to one model. fine_windows:
-    windows of one fine pass. one_model: a round is for one model, and another's turn comes when nobody waits
-    for it any more: for weights that are brought to the device in turn.
+    windows of one fine pass. waveforms: of one codec call. one_model: a round is for one model, and another's
+    turn comes when nobody waits for it any more: for weights that are brought to the device in turn.
     """
 
     utterances: int = 16
-    prefill_rows: int = 512
+    prefill_rows: int = PREFILL_ROWS
     fine_windows: int = 4
+    waveforms: int = 8
     one_model: bool = False
+
+    @classmethod
+    def of(cls, runner: Runner, utterances: int, one_model: bool = False) -> Limits:
+        """Prompts such that they take about as long as the decode steps of a round."""
+        rows = min(MOST_PREFILL_ROWS, PREFILL_ROWS * runner.steps_a_round)
+        return cls(utterances, prefill_rows=rows, one_model=one_model)
 
 
 class Rounds(Generic[T]):
@@ -238,7 +247,8 @@ class Rounds(Generic[T]):
 
     def _vocode(self) -> None:
         """The waveforms of codes as long as the oldest's."""
-        batch = self._alike(self._waiting_for(Vocode), lambda work: work.codes.shape)
+        batch = self._alike(self._waiting_for(Vocode), self.runner.codec_shape)
+        batch = batch[: self.limits.waveforms]
         works = [one.work for one in batch]
         self._answer(batch, lambda: self.runner.vocode(works))
 

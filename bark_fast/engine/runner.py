@@ -32,14 +32,20 @@ T = TypeVar("T")
 SEMANTIC_STREAM, COARSE_STREAM, FINE_STREAM = 0, 1, 16
 """Noise streams: one a stage, and for the fine stage one a codebook, FINE_STREAM + codebook."""
 
+FRAME_STEP = 64
+"""On a GPU the codec runs on multiples of so many frames: cuDNN makes new plans for every length it meets. The
+codec is causal, so what comes behind the end changes nothing before it; only in a few frames, fewer than its
+longest reflection at the beginning, would it."""
+
 
 class Runner(Protocol):
     """Executes one batch of work on one model. Who runs, and on which pages, is the scheduler's decision.
 
-    device: where noise is best drawn.
+    device: where noise is best drawn. steps_a_round: decode steps that a call of `step` may take.
     """
 
     device: torch.device
+    steps_a_round: int
 
     def open(self, model: str, noise: NoiseSource) -> Sequence:
         """A new, empty sequence in `model`."""
@@ -65,8 +71,12 @@ class Runner(Protocol):
         """Predict one codebook of each window; all passes name the same codebook."""
         ...
 
+    def codec_shape(self, work: Vocode) -> tuple[int, int]:
+        """Codebooks and frames that the codec runs on for this work: works of one shape go together."""
+        ...
+
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
-        """Samples (time * hop_length,) of each; all are of one length."""
+        """Samples (time * hop_length,) of each; all are of one `codec_shape`."""
         ...
 
 
@@ -78,6 +88,8 @@ class EagerRunner:
     offload_to: the weights stay on the host and those of the model that runs come to this device; give the
     scheduler `Limits(one_model=True)`.
     """
+
+    steps_a_round = 1
 
     def __init__(
         self,
@@ -226,10 +238,20 @@ class EagerRunner:
 
     @torch.inference_mode()
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
+        codebooks, frames = self.codec_shape(works[0])
+        codes = np.zeros((len(works), codebooks, frames), dtype=np.int64)
+        for row, work in zip(codes, works, strict=True):
+            row[:, : work.codes.shape[1]] = work.codes
         with self._running("codec"):
-            codes = torch.from_numpy(np.stack([work.codes for work in works])).to(self.devices["codec"])
-            samples = self.codec(codes).float().cpu().numpy()
-            return [row.copy() for row in samples]  # who keeps one must not keep all
+            samples = self.codec(sent(torch.from_numpy(codes), self.devices["codec"])).float().cpu().numpy()
+        hop = samples.shape[1] // frames
+        # who keeps one must not keep all
+        return [row[: hop * work.codes.shape[1]].copy() for row, work in zip(samples, works, strict=True)]
+
+    def codec_shape(self, work: Vocode) -> tuple[int, int]:
+        codebooks, frames = work.codes.shape
+        step = FRAME_STEP if self.devices["codec"].type == "cuda" and frames >= FRAME_STEP else 1
+        return codebooks, -(-frames // step) * step
 
     @contextmanager
     def _running(self, model: str) -> Iterator[None]:

@@ -45,7 +45,7 @@ class Scheduler(Generic[T]):
     """
 
     def __init__(self, runner: Runner, max_batch: int = 16, limits: Limits | None = None) -> None:
-        self.rounds: Rounds[T] = Rounds(runner, limits or Limits(utterances=max_batch))
+        self.rounds: Rounds[T] = Rounds(runner, limits or Limits.of(runner, max_batch))
         self._lock = RLock()  # entered in C: no interrupt comes between taking it and the body of its `with`
         self._turn = Condition(self._lock)
         self._leader: int | None = None

@@ -16,8 +16,11 @@ class CausalConv(nn.Conv1d):
         left = (self.kernel_size[0] - 1) * self.dilation[0]
         # reflection needs more samples than it mirrors; EnCodec lends zeros and takes them back
         lent = max(0, left - x.shape[-1] + 1)
-        padded = F.pad(F.pad(x, (0, lent)), (left, 0), mode="reflect")
-        y: Tensor = super().forward(padded[..., : padded.shape[-1] - lent])
+        if lent:
+            x = F.pad(x, (0, lent))
+        if left:
+            x = F.pad(x, (left, 0), mode="reflect")
+        y: Tensor = super().forward(x[..., : x.shape[-1] - lent])
         return y
 
 
@@ -32,7 +35,8 @@ class Residual(nn.Module):
         self.shortcut = CausalConv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.shortcut(x) + self.conv_2(F.elu(self.conv_1(F.elu(x))))
+        y: Tensor = self.conv_2(F.elu_(self.conv_1(F.elu(x))))
+        y += self.shortcut(x)
         return y
 
 

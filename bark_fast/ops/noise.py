@@ -15,8 +15,10 @@ from torch import Tensor
 from bark_fast import extension
 from bark_fast.errors import InvalidInput
 from bark_fast.numeric import is_whole
-from bark_fast.ops.dispatch import preferred
+from bark_fast.ops.decode_state import STEP
+from bark_fast.ops.dispatch import preferred, uses_triton
 from bark_fast.ops.gpus import number_of
+from bark_fast.ops.rule_rows import place_row
 from bark_fast.sampling import Dialect, SamplingRule
 
 SEED_BOUND = 2**64
@@ -122,6 +124,12 @@ class PhiloxNoise:
             uniform = torch.empty(rows, width, dtype=torch.float32, device=self.device)
             module.philox_uniform(self.seed, stream, chunk, first_step, uniform)
             return uniform.log_().neg_()
+        if self.device.type != "cpu":
+            places = self.places(chunk, stream, first_step, rows)
+            if uses_triton(places):  # one launch, and the very logarithms of steps that draw for themselves
+                from bark_fast.kernels.philox import exponential
+
+                return exponential(places, width)
         blocks = (width + 3) // 4
         block = torch.arange(blocks, device=self.device).expand(rows, blocks)
         step = torch.arange(first_step, first_step + rows, device=self.device)[:, None].expand(rows, blocks)
@@ -130,6 +138,15 @@ class PhiloxNoise:
         words = philox4x32((block, step, streams, chunks), self.seed)
         bits = torch.stack(words, dim=-1).reshape(rows, 4 * blocks)[:, :width]
         return -torch.log(((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23)
+
+    def places(self, chunk: int, stream: int, first_step: int, rows: int) -> Tensor:
+        """The places (rows, 4) int64 of consecutive draws, as `ops.sampling` takes them, on this device."""
+        places = torch.empty(rows, 4, dtype=torch.int64, device=self.device)
+        # filled on the device: a tensor of host values would wait for all that was launched there
+        for column, word in enumerate(place_row(self.seed, first_step, stream, chunk)):
+            places[:, column].fill_(word)
+        places[:, STEP] += torch.arange(rows, device=self.device)
+        return places
 
     def skip(self, rule: SamplingRule, steps: int) -> None:
         pass
