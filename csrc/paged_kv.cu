@@ -62,10 +62,10 @@ __device__ __forceinline__ void join(float& maximum, float& total, float (&o)[N]
 
 // Grid (parts, n_head, rows): one block reads a part of the keys of one query row and head. A key is held by kLanes
 // neighbouring lanes, 16 bytes each; the block's kGroups groups of lanes take keys in turn, kUnroll at a time.
-// With slots, keys of the call's own rows are read where the projection left them, and the first block of each row
-// and head stores its row: no block reads what another one writes.
+// With slots, keys of the call's own rows are read where the projection left them, by the last block of each row and
+// head, and the first one stores its row: no block reads what another one writes. Eight blocks fit a processor.
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts, Scratch scratch, int32_t columns) {
+__global__ void __launch_bounds__(kThreads, 8) attend(Attention call, int32_t parts, Scratch scratch, int32_t columns) {
     constexpr int kElements = 16 / sizeof(T);
     constexpr int kLanes = D / kElements;
     constexpr int kGroups = kThreads / kLanes;
@@ -81,14 +81,18 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
     // a row outside its sequence (query_starts is wrong) sees nothing
     const bool inside = start >= 0 && row >= start && row - start < rows;
     const int32_t keys = inside ? max(visible_keys(length, rows, row - start), 0) : 0;
-    const int32_t first = part_start(keys, parts, part, kGroups), last = part_start(keys, parts, part + 1, kGroups);
+    // keys from `older` on are those of the call's own rows: not on pages yet, the last part takes them
+    const int32_t older = call.slots ? max(length - rows, 0) : length, stored = min(keys, older);
+    const int32_t first = part_start(stored, parts, part, kGroups), last = part_start(stored, parts, part + 1, kGroups);
     const int32_t* table = call.block_table + seq * call.table_stride;
-    const T* k_pages = static_cast<const T*>(call.k_pages) + lane * kElements;
-    const T* v_pages = static_cast<const T*>(call.v_pages) + lane * kElements;
+    const int32_t page_stride = static_cast<int32_t>(page_elements(pages));
+    const int32_t num_pages = static_cast<int32_t>(pages.num_pages);
+    const int64_t head_start = page_offset(pages, 0, head, 0) + lane * kElements;
+    const T* k_pages = static_cast<const T*>(call.k_pages) + head_start;
+    const T* v_pages = static_cast<const T*>(call.v_pages) + head_start;
     const int64_t width = int64_t{pages.n_head} * D;
     const T* projected = static_cast<const T*>(call.query) + int64_t{head} * D + lane * kElements;
-    const int32_t older = call.slots ? length - rows : length;  // keys from there on are those of the call's rows
-    const int64_t slot = call.slots && part == 0 ? call.slots[row] : -1;  // asked for here, used after the loop
+    const int64_t slot = call.slots && part == 0 ? call.slots[row] : -1;  // asked for early
 
     float q[kElements], o[kElements] = {};
     float maximum = -INFINITY, total = 0.0f;
@@ -96,27 +100,12 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
 #pragma unroll
     for (int i = 0; i < kElements; ++i) q[i] *= call.scale * kLog2e;
 
-    // `t0` is the same for all groups, so that all lanes of a warp reach the shuffles together
-    for (int32_t t0 = first; t0 < last; t0 += kGroups * kUnroll) {
-        Bytes16 k[kUnroll], v[kUnroll];
-        bool seen[kUnroll];
+    // Takes keys in; those not `seen` are zeros. All lanes of a warp come here together, for the shuffles.
+    const auto take = [&](const auto& k, const auto& v, const auto& seen) {
+        constexpr int kCount = sizeof(seen) / sizeof(seen[0]);
+        float score[kCount], best = maximum;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-            const int32_t t = t0 + u * kGroups + group;
-            const bool fresh = t >= older && t < last;
-            const int32_t page = t < last && !fresh ? table[t >> shift] : -1;
-            seen[u] = fresh || (page >= 0 && page < pages.num_pages);
-            k[u] = v[u] = Bytes16{};
-            if (seen[u]) {
-                const int64_t at = fresh ? (start + t - older) * call.query_stride
-                                         : page_offset(pages, page, head, t & (pages.page_size - 1));
-                k[u] = *reinterpret_cast<const Bytes16*>((fresh ? projected + width : k_pages) + at);
-                v[u] = *reinterpret_cast<const Bytes16*>((fresh ? projected + 2 * width : v_pages) + at);
-            }
-        }
-        float score[kUnroll], best = maximum;
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kCount; ++u) {
             float x[kElements], sum = 0.0f;
             widen(k[u], x, static_cast<const T*>(nullptr));
 #pragma unroll
@@ -132,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
 #pragma unroll
         for (int i = 0; i < kElements; ++i) o[i] *= keep;
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
+        for (int u = 0; u < kCount; ++u) {
             float x[kElements];
             widen(v[u], x, static_cast<const T*>(nullptr));
             const float weight = exp2f(score[u] - base);
@@ -141,6 +130,20 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
             for (int i = 0; i < kElements; ++i) o[i] = fmaf(weight, x[i], o[i]);
         }
         maximum = best;
+    };
+    if (part == parts - 1) {
+#pragma unroll 1
+        for (int32_t t0 = older; t0 < keys; t0 += kGroups) {
+            const int32_t t = t0 + group;
+            Bytes16 k[1] = {}, v[1] = {};
+            const bool seen[1] = {t < keys};
+            if (seen[0]) {
+                const T* from = projected + (start + t - (length - rows)) * call.query_stride;
+                k[0] = *reinterpret_cast<const Bytes16*>(from + width);
+                v[0] = *reinterpret_cast<const Bytes16*>(from + 2 * width);
+            }
+            take(k, v, seen);
+        }
     }
 
     if (threadIdx.x < 2 * kLanes && slot_in_range(pages, slot)) {
@@ -148,6 +151,30 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
         T* to = static_cast<T*>(is_value ? call.v_pages : call.k_pages) + lane * kElements;
         *reinterpret_cast<Bytes16*>(to + slot_offset(pages, slot, head)) =
             *reinterpret_cast<const Bytes16*>(projected + row * call.query_stride + (is_value ? 2 : 1) * width);
+    }
+
+#pragma unroll 1
+    for (int32_t t0 = first; t0 < last; t0 += kGroups * kUnroll) {
+        Bytes16 k[kUnroll], v[kUnroll];
+        int32_t page[kUnroll];
+        bool seen[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {  // all entries are asked for before the first is waited for
+            const int32_t t = t0 + u * kGroups + group;
+            page[u] = t < last ? table[t >> shift] : -1;
+        }
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            const int32_t t = t0 + u * kGroups + group;
+            seen[u] = page[u] >= 0 && page[u] < num_pages;
+            k[u] = v[u] = Bytes16{};
+            if (seen[u]) {
+                const int64_t at = int64_t{page[u]} * page_stride + (t & (pages.page_size - 1)) * D;
+                k[u] = *reinterpret_cast<const Bytes16*>(k_pages + at);
+                v[u] = *reinterpret_cast<const Bytes16*>(v_pages + at);
+            }
+        }
+        take(k, v, seen);
     }
 
     // groups of a warp by shuffles, warps through shared memory
@@ -197,22 +224,33 @@ __global__ void __launch_bounds__(kThreads) attend(Attention call, int32_t parts
             }
         }
         __shared__ bool is_last;
-        __threadfence();
         __syncthreads();
-        if (d == 0) is_last = atomicAdd(scratch.counters + pair, 1) == parts - 1;
+        if (d == 0) {
+            __threadfence();
+            is_last = atomicAdd(scratch.counters + pair, 1) == parts - 1;
+            __threadfence();
+        }
         __syncthreads();
         if (!is_last) return;
-        __threadfence();
         if (d == 0) scratch.counters[pair] = 0;
-        if (d < D) {
-            maximum = -INFINITY;
-            total = value[0] = 0.0f;
-            for (int32_t i = 0; i < parts; ++i) {
-                // past the L1, which may hold what lay here before
-                const float* from = partials + i * (D + 2);
-                const float other[1] = {__ldcg(from + d)};
-                join(maximum, total, value, __ldcg(from + D), __ldcg(from + D + 1), other);
-            }
+        static_assert(kMaxParts <= 32, "a lane for each part");
+        if (d < D) {  // whole warps: lane i looks after part i
+            const int32_t i = threadIdx.x % 32;
+            const float* mine = partials + i * (D + 2) + D;
+            const float its_maximum = i < parts ? __ldcg(mine) : -INFINITY;
+            total = i < parts ? __ldcg(mine + 1) : 0.0f;
+            maximum = its_maximum;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+                maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffffu, maximum, step));
+            const float weight = exp2f(its_maximum - (maximum == -INFINITY ? 0.0f : maximum));
+            total *= weight;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2) total += __shfl_xor_sync(0xffffffffu, total, step);
+            value[0] = 0.0f;
+#pragma unroll 8
+            for (int32_t p = 0; p < parts; ++p)
+                value[0] = fmaf(__shfl_sync(0xffffffffu, weight, p), __ldcg(partials + p * (D + 2) + d), value[0]);
         }
     }
     if (d < D)

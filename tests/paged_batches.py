@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -127,3 +128,37 @@ def attend(batch: Batch, dtype: torch.dtype, scale: float | None = None, shift: 
         hidden = torch.where(seen.any(1)[None, :, None], hidden, torch.zeros_like(hidden))
         out.append(hidden.transpose(0, 1).flatten(1))
     return torch.cat(out)
+
+
+def check_turns(attend_there: Callable[[Batch, Tensor], object], counters: Tensor) -> None:
+    """Launches over one scratch that take turns between two inputs, also captured and replayed on a GPU.
+
+    Parts that were joined before they had arrived would be the other input's. Of one input alone, launched
+    again and again, they would be right.
+    """
+    device = counters.device.type
+    heads, turns = (12, 50) if device == "cuda" else (1, 2)
+    batches = [make_batch([1024], n_head=heads, seed=seed).to(device) for seed in (0, 1)]
+    outs = [batch.out() for batch in batches]
+
+    def step() -> None:
+        for _ in range(turns):
+            for batch, out in zip(batches, outs, strict=True):
+                attend_there(batch, out)
+
+    step()
+    for batch, out in zip(batches, outs, strict=True):
+        truth = attend(batch.to("cpu"), torch.float64)
+        assert float((out.cpu().double() - truth).abs().max()) < 1e-5
+    assert not counters.any()
+    if device == "cuda":
+        first = [out.clone() for out in outs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(100):
+            for out in outs:
+                out.fill_(torch.nan)
+            graph.replay()
+            assert all(map(torch.equal, outs, first))
+        assert not counters.any()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paged_batches import Batch, attend, contiguous, make_batch
+from paged_batches import Batch, attend, check_turns, contiguous, make_batch
 from simulated_cuda import OnCuda, simulated_cuda, why_not
 from torch import Tensor
 
@@ -650,6 +650,23 @@ def test_gpu_calls_can_be_captured_and_replayed_with_other_lengths(cuda_part: No
         graph.replay()
         truth = attend(after, torch.float64)
         assert float((stored_out.cpu().double() - truth).abs().max()) < 1e-5
+
+
+def test_cuda_rows_that_see_nothing_are_zero_in_split_launches_too(cuda: str) -> None:
+    batch = make_batch([100, 700], n_head=1)
+    there, truth = batch.to(cuda), attend(batch, torch.float64)
+    there.lengths[0] = 0
+    scratch = paged_kv.attention_scratch(2, 1, 64, cuda)
+    out = paged_kv.paged_attention(*there.arguments(), there.out(), scratch=scratch).cpu()
+    assert not out[0].any()
+    assert float((out[1].double() - truth[1]).abs().max()) < 1e-5
+
+
+def test_cuda_launches_that_take_turns_join_their_own_parts_captured_too(cuda: str) -> None:
+    scratch = paged_kv.attention_scratch(1, 12, 64, cuda)
+    check_turns(
+        lambda batch, out: paged_kv.paged_attention(*batch.arguments(), out, scratch=scratch), scratch[1]
+    )
 
 
 def test_cuda_moves_are_exact_and_skip_what_is_out_of_range(cuda: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from paged_batches import Batch, attend, contiguous, make_batch
+from paged_batches import Batch, attend, check_turns, contiguous, make_batch
 from torch import Tensor
 
 from bark_fast.ops import paged_kv
@@ -313,6 +313,13 @@ def test_gpu_many_launches_over_one_scratch_agree() -> None:
         again = paged_kv.paged_attention(*batch.arguments(), batch.out(), scratch=scratch)
         assert torch.equal(again, first)
     assert not scratch[1].any()
+
+
+def test_launches_that_take_turns_join_their_own_parts() -> None:
+    scratch = scratch_for(make_batch([1024], n_head=12))
+    check_turns(
+        lambda batch, out: paged_kv.paged_attention(*batch.arguments(), out, scratch=scratch), scratch[1]
+    )
 
 
 @pytest.mark.gpu

@@ -86,6 +86,10 @@ T __shfl_xor_sync(uint32_t mask, T value, int flip) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int from) {
+    return __shfl_xor_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ from);
+}
 inline int32_t atomicAdd(int32_t* at, int32_t value) {
     const int32_t before = *at;
     *at += value;
