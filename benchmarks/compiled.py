@@ -31,7 +31,7 @@ from unittest.mock import patch
 import torch
 from demands import WIDE_SHARE, wants_ampere, wants_tensor_cores
 from production import FAMILIES, launches
-from sass import INSTRUCTION_BYTES, loads_at_once, wide_share
+from sass import INSTRUCTION_BYTES, loads_at_once, serialised, wide_share
 
 RESULTS = Path(__file__).parent / "results" / "compiled.csv"
 WARPS_PER_PROCESSOR = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
@@ -46,7 +46,8 @@ MAX_BLOCKS_PER_PROCESSOR = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120
 class Compiled:
     """One kernel of one launch as compiled: what it takes from the chip, and which instructions it has.
 
-    key: of what it is compiled from. anew: it was compiled, not read off the table.
+    key: of what it is compiled from. anew: it was compiled, not read off the table, which has none that is
+    serialised.
     """
 
     family: str
@@ -69,6 +70,7 @@ class Compiled:
     wants_tensor_cores: bool
     wants_wide_share: float
     wants_loads_at_once: int
+    serialised: bool = False
 
     @property
     def occupancy(self) -> float:
@@ -105,6 +107,8 @@ class Compiled:
             found.append(f"loads {self.wide_share:.0%} 128 bits wide, not {self.wants_wide_share:.0%}")
         if self.loads_at_once < self.wants_loads_at_once:
             found.append(f"waits after {self.loads_at_once} loads of {self.wants_loads_at_once}")
+        if self.serialised:
+            found.append("waits for each of its products")
         return found
 
 
@@ -133,6 +137,7 @@ def inspect(cubins: list[bytes], arch: int) -> list[dict[str, int | float]]:
             "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*\b(?:128|256)\b", code)),
             "wide_share": round(wide_share(code), 4),
             "loads_at_once": loads_at_once(code),
+            "serialised": serialised(code),
         })  # fmt: skip
     return results
 

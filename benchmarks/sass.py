@@ -42,6 +42,12 @@ def load_bytes(lines: list[str]) -> list[int]:
     return [int(width[1] or width[2]) // 8 if width else 4 for width in widths]
 
 
+def serialised(code: str) -> bool:
+    """Whether Hopper's products are waited for one by one (ptxas's C7515), instead of running on meanwhile."""
+    products, waits = code.count("HGMMA."), code.count("WARPGROUP.DEPBAR")
+    return 0 < products <= waits
+
+
 def wide_share(code: str) -> float:
     """Share of the bytes loaded that comes from loads of 128 bits; a stream of narrow loads has as many bytes.
 

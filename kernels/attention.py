@@ -94,6 +94,40 @@ def masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION: tl.constex
 
 
 @triton.jit
+def open_keys(
+    key, value, k_time, v_time, k_tile, v_tile, end, q, scale, maximum, total, acc,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The steps of keys [0, end), all of which every query sees; end a multiple of BLOCK_N."""
+    for start in range(0, end, BLOCK_N):
+        k = tl.load(key + wide(start) * k_time + k_tile)
+        v = tl.load(value + wide(start) * v_time + v_tile)
+        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc, PRECISION)
+    return maximum, total, acc
+
+
+@triton.jit
+def masked_keys(
+    key, value, k_time, v_time, k_tile, v_tile, mask, mask_key, begin, end, length, rows, ahead, q, scale,
+    maximum, total, acc,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The steps of keys [begin, end) before `length`; a query sees those below its row plus `ahead`."""
+    columns = tl.arange(0, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        present = start + columns < length
+        if HAS_MASK:
+            present &= tl.load(mask + (start + columns) * mask_key, present, 0) != 0
+        k = tl.load(key + wide(start) * k_time + k_tile, present[:, None], 0.0)
+        v = tl.load(value + wide(start) * v_time + v_tile, present[:, None], 0.0)
+        seen = present[None, :]
+        if CAUSAL:
+            seen = seen & (start + columns[None, :] < rows[:, None] + ahead)
+        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION)
+    return maximum, total, acc
+
+
+@triton.jit
 def normalized(total, acc):
     """acc / total; zero for a query that saw no key."""
     return acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -107,6 +141,7 @@ def _attention_kernel(
     heads, time, keys, turn, scale,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(time, BLOCK_M)
     if CAUSAL:
@@ -128,11 +163,13 @@ def _attention_kernel(
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, HEAD_DIM)
-    limit, every = length, length  # keys that some query sees, and that every query sees
+    limit, every, ahead = length, length, 0  # keys that some query sees, and that every query sees
     if CAUSAL:
         ahead = keys - time + 1
         limit = tl.minimum(length, tl.minimum((block + 1) * BLOCK_M, time) - 1 + ahead)
         every = tl.minimum(length, block * BLOCK_M + ahead)
+    if WGMMA:
+        every, limit = tl.maximum(every - 1, 0), tl.maximum(limit, 1)
     every = 0 if HAS_MASK else every // BLOCK_N * BLOCK_N
 
     inside = (rows < time)[:, None]
@@ -143,20 +180,19 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     k_tile = columns[:, None] * k_time + dims[None, :]
     v_tile = columns[:, None] * v_time + dims[None, :]
-    for start in range(0, every, BLOCK_N):
-        k = tl.load(key + wide(start) * k_time + k_tile)
-        v = tl.load(value + wide(start) * v_time + v_tile)
-        maximum, total, acc = open_step(q, k, v, scale, maximum, total, acc, PRECISION)
-    for start in range(every, limit, BLOCK_N):
-        present = start + columns < length
-        if HAS_MASK:
-            present &= tl.load(key_mask + batch * mask_batch + (start + columns) * mask_key, present, 0) != 0
-        k = tl.load(key + wide(start) * k_time + k_tile, present[:, None], 0.0)
-        v = tl.load(value + wide(start) * v_time + v_tile, present[:, None], 0.0)
-        seen = present[None, :]
-        if CAUSAL:
-            seen = seen & (start + columns[None, :] < rows[:, None] + ahead)
-        maximum, total, acc = masked_step(q, k, v, seen, scale, maximum, total, acc, PRECISION)
+    mask = key_mask + batch * mask_batch
+    if not WGMMA:
+        maximum, total, acc = open_keys(
+            key, value, k_time, v_time, k_tile, v_tile, every, q, scale, maximum, total, acc, BLOCK_N, PRECISION
+        )
+    maximum, total, acc = masked_keys(
+        key, value, k_time, v_time, k_tile, v_tile, mask, mask_key, every, limit, length, rows, ahead, q, scale,
+        maximum, total, acc, CAUSAL, HAS_MASK, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if WGMMA:
+        maximum, total, acc = open_keys(
+            key, value, k_time, v_time, k_tile, v_tile, every, q, scale, maximum, total, acc, BLOCK_N, PRECISION
+        )
     target = out + rows.to(tl.int64)[:, None] * o_time + dims[None, :]
     tl.store(target, normalized(total, acc).to(out.dtype.element_ty), inside)
 
@@ -197,5 +233,8 @@ def attention(
         heads, time, keys, turn, scale * LOG2_E,
         CAUSAL=causal, HAS_MASK=key_mask is not None, HAS_LENGTHS=lengths is not None,
         HEAD_DIM=head_dim, BLOCK_M=entry.queries, BLOCK_N=entry.keys, PRECISION=multiplied,
+        # Hopper's tensor cores run beside what follows, unless ptxas sees a loop before them that may not run
+        # at all: then it waits for each (C7515). So masked keys come first, one block of them at least.
+        WGMMA=90 <= target.arch < 100,
         num_warps=entry.warps, num_stages=entry.stages, **(registers(255) if roomy else {}), **COMPILE,
     )  # fmt: skip

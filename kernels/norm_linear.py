@@ -2,8 +2,9 @@
 
 A few rows: kernels.gemv, one launch. Up to 64: kernels.matmul, one launch, or two where more than 16 rows are
 normalised first. More: the table decides between kernels.matmul and cuBLAS, with LayerNorm before and one fused
-epilogue after. What each rounds: kernels.gemv nothing before the result; the others round the normalised row to
-the weight's dtype, and cuBLAS its product too, before bias, GELU and residual, which are fp32.
+epilogue after, where a residual is not all there is to add. What each rounds: kernels.gemv nothing before the
+result; the others round the normalised row to the weight's dtype, and cuBLAS its product too, before bias, GELU
+and residual, which are fp32, but for a residual that it adds itself.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def planned(
         return matmul.matmul(x, norm, weight, bias, residual, gelu, chosen, scratch, pdl)
     if not gelu and residual is None:
         return F.linear(x, weight, bias)
+    if not gelu and bias is None and residual is not None:
+        return torch.addmm(residual, x, weight.t())  # a launch of Triton's less for the host, which is behind
     return epilogue_(F.linear(x, weight), bias, residual, gelu)
 
 

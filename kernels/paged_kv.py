@@ -51,6 +51,16 @@ def _join(maximum, total, acc):
     return highest, tl.sum(total * share, 0), tl.sum(acc * share[:, None], 0)
 
 
+@triton.jit
+def _take(q, k, v, maximum, total, acc):
+    """The softmax state (maximum, total, acc) with one key more."""
+    score = tl.sum(q * k.to(tl.float32), 0)
+    highest = tl.maximum(maximum, score)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    keep, weight = tl.exp2(maximum - base), tl.exp2(score - base)
+    return highest, total * keep + weight, acc * keep + weight * v.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["seqs", "columns", "num_pages"])
 def _decode_kernel(
     query, k_pages, v_pages, block_table, lengths, query_starts, slots, out, partials, counters,
@@ -62,7 +72,12 @@ def _decode_kernel(
     part, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, n_head = tl.num_programs(0), tl.num_programs(1)
     dims = tl.arange(0, HEAD_DIM)
-    q = tl.load(query + row.to(tl.int64) * query_row + head * query_head + dims).to(tl.float32) * scale
+    own = query + row.to(tl.int64) * query_row + head * query_head + dims
+    width = n_head.to(tl.int64) * query_head
+    q = tl.load(own).to(tl.float32) * scale
+    if APPEND:  # asked for before anything is waited for
+        own_k, own_v = tl.load(own + width), tl.load(own + 2 * width)
+        slot = tl.load(slots + row.to(tl.int64) * slot_stride)
 
     # the last sequence that starts at this row or before: all starts at once, since a search by halves would
     # wait for memory at every step
@@ -109,22 +124,15 @@ def _decode_kernel(
     best, sum_, o = _join(maximum, total, acc)
 
     if APPEND:
-        width = n_head.to(tl.int64) * query_head
-        own = query + row.to(tl.int64) * query_row + head * query_head + width + dims
-        for back in range(fresh_keys - 1, -1, -1):  # one in a decode step; rows of a sequence are in a row
-            key = own - wide(back) * query_row
-            score = tl.sum(q * tl.load(key).to(tl.float32), 0)
-            highest = tl.maximum(best, score)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            keep, weight = tl.exp2(best - base), tl.exp2(score - base)
-            sum_ = sum_ * keep + weight
-            o = o * keep + weight * tl.load(key + width).to(tl.float32)
-            best = highest
-        slot = tl.load(slots + row.to(tl.int64) * slot_stride)
+        for back in range(fresh_keys - 1, 0, -1):  # none in a decode step; rows of a sequence are in a row
+            key = own + width - wide(back) * query_row
+            best, sum_, o = _take(q, tl.load(key), tl.load(key + width), best, sum_, o)
+        if fresh_keys > 0:
+            best, sum_, o = _take(q, own_k, own_v, best, sum_, o)
         home, stored = slot_places(slot, num_pages, n_head, head, PAGE_SIZE, HEAD_DIM)
         stored = dims < tl.where(stored & (part == 0), HEAD_DIM, 0)
-        tl.store(k_pages + home + dims, tl.load(own, stored), stored)
-        tl.store(v_pages + home + dims, tl.load(own + width, stored), stored)
+        tl.store(k_pages + home + dims, own_k, stored)
+        tl.store(v_pages + home + dims, own_v, stored)
     out += row.to(tl.int64) * out_row + head * HEAD_DIM
     if SPLIT:
         # The last part of this row and head to arrive joins them all, in the same order whichever it is, and

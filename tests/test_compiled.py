@@ -15,7 +15,7 @@ import torch
 from compiled import RESULTS, Compiled
 from demands import WIDE_SHARE, wants_tensor_cores
 from production import FAMILIES
-from sass import loads_at_once, wide_share
+from sass import loads_at_once, serialised, wide_share
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "compiled.py"
 SAMPLES = {(80,): 6, (90,): 6, (100,): 6, (75, 86, 89, 120): 24}
@@ -149,11 +149,20 @@ def test_a_sound_kernel_has_no_faults() -> None:
         ({"tensor_core_instructions": 0}, "no tensor-core"),
         ({"wide_share": 0.89}, "89% 128 bits wide, not 90%"),
         ({"loads_at_once": 7}, "waits after 7 loads of 8"),
+        ({"serialised": True}, "waits for each of its products"),
     ],
 )
 def test_what_cannot_be_launched_is_named(change: dict[str, object], fault: str) -> None:
     found = Compiled(**{**vars(SOUND), **change}).faults(232_448)
     assert len(found) == 1 and fault in found[0]
+
+
+@pytest.mark.parametrize(("waits", "found"), [(2, True), (1, False)])
+def test_products_that_are_waited_for_one_by_one_are_noticed(waits: int, found: bool) -> None:
+    product = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;"
+    code = [product] * 2 + ["WARPGROUP.DEPBAR.LE gsb0, 0x0 ;"] * waits
+    assert serialised("\n".join(code)) == found
+    assert not serialised("HMMA.16816.F32.BF16 R4, R8, R12, R4 ;")
 
 
 LISTING = [

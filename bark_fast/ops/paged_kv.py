@@ -177,8 +177,8 @@ def swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     """Copy pages between two caches of one geometry, device to host, host to device or within one.
 
     pairs: (n, 2) int32 on the CPU, (page of source, page of destination). With CUDA the copies are enqueued on
-    the device's current stream; host memory must be pinned for them to overlap, and left alone until they are
-    done.
+    the device's current stream; host memory must be pinned for them to overlap, and kept, and left alone, until
+    they are done.
     """
     if is_eager(source):
         _swap_pages(source, destination, pairs)
@@ -303,7 +303,8 @@ def _gather_kv(pages: Tensor, block_table: Tensor, length: int, out: Tensor) -> 
 def _swap_pages(source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     on_device = source if source.is_cuda else destination
     module = _extension(on_device)
-    if module is None:  # copies between memories are torch's work on every backend
+    between_gpus = source.is_cuda and destination.is_cuda and source.device != destination.device
+    if module is None or between_gpus:  # torch orders both GPUs' work; the extension knows one stream
         return fallback.swap_pages(source, destination, pairs)
     module.swap_pages(source, destination, pairs, torch.get_num_threads(), _stream(on_device))
     return None

@@ -186,6 +186,22 @@ def test_absent_keys(device: str, what: str, causal: bool, dtype: torch.dtype) -
         assert (got[0] == 0).all(), "a query that sees no key"
 
 
+@pytest.mark.skipif(HAS_GPU, reason="beside a GPU nothing is interpreted")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_some_queries_do_not_see_come_last_or_on_hopper_first(causal: bool, arch: int) -> None:
+    """Every kind of GPU's order is interpreted here, with lengths within a block and at its ends."""
+    from bark_fast.kernels.target import KNOWN, assume
+
+    time, keys = 65, 200
+    query, key, value = packed(6, keys, 1, 64, torch.float32, "cpu")
+    query, ends = query[:, :, keys - time :], torch.tensor([0, 1, 64, 128, 129, 200])
+    expected = truth(query, key, value, causal, torch.arange(keys) < ends[:, None])
+    limit = bound(expected, query, key, value, causal, lengths=ends)
+    with prefer("triton"), assume(KNOWN[arch]):
+        assert error(ops.attention(query, key, value, causal, lengths=ends), expected) <= limit
+
+
 @pytest.mark.parametrize("device", [cpu("cpu"), cuda("cuda")])
 def test_any_strides_and_somewhere_to_write(device: str) -> None:
     query, key, value = packed(2, 40, 3, 64, torch.float32, device, pad=5)  # rows on no 16-byte boundary
