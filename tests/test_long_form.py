@@ -257,8 +257,11 @@ class TestSideBySide:
             lambda: suno_bark.generate(FIVE, voice=preset, **{**SHORT, "max_seconds": 0.2}),
             lambda: asyncio.run(suno_bark.agenerate(FIVE, voice=preset, **{**SHORT, "max_seconds": 0.2})),
         ):
+            begun.clear()
             with pytest.raises(GenerationError, match=r"^broken"):
                 speak_one()
+            assert 1 in begun
+            assert 4 not in begun
         wait_for_idle()
         assert held(suno_bark) == 0
 
