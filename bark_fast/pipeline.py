@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
+import numpy as np
 import torch
 
 from bark_fast.audio import Audio, Tokens
@@ -39,6 +41,8 @@ from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import heard
+from bark_fast.stages.utterance import long_form as one_by_one
+from bark_fast.streaming import News, Pieces, Reading, settle
 from bark_fast.text import Tokenizer, encode_text, split_text
 from bark_fast.voices import VoiceLibrary, load_voice
 from bark_fast.work import IntArray, Stage, Work
@@ -343,6 +347,69 @@ class Bark:
             await asyncio.gather(*parts, return_exceptions=True)
         return self._spoken(Outcome(0, chunks))
 
+    def stream(
+        self, text: str, *, progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions]
+    ) -> Iterator[Audio]:
+        """Speak a text of any length piece by piece: yields the audio of each chunk as soon as it is there.
+
+        A thread speaks the next chunk meanwhile, so that playing one needs no haste. All but the first begin
+        with the pause between chunks: joined, the pieces are what `generate` gives with long_form=True.
+
+        progress: a function called with `Progress` events, between pieces. What it raises is raised here.
+        options: as of `agenerate`, but for long_form, which is on.
+
+        Closing the iterator or leaving the loop gives up the rest.
+        """
+        utterance, worker, pieces = self._reading(text, progress, options)
+
+        def spoken() -> Iterator[Audio]:
+            news: SimpleQueue[News] = SimpleQueue()
+            try:
+                with Reading(worker, utterance, news.put):
+                    while True:
+                        piece = pieces.of(one := news.get())
+                        if piece is not None:
+                            yield piece
+                        elif isinstance(one, Outcome):
+                            return
+            finally:
+                settle(worker)
+
+        return spoken()
+
+    async def astream(
+        self, text: str, *, progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions]
+    ) -> AsyncIterator[Audio]:
+        """As `stream`, without blocking the event loop. Close it (`aclose`) where it is not read to its end."""
+        utterance, worker, pieces = await asyncio.to_thread(self._reading, text, progress, options)
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[News]()
+
+        def tell(one: News) -> None:
+            with suppress(RuntimeError):  # the loop may be closed by now
+                loop.call_soon_threadsafe(news.put_nowait, one)
+
+        with Reading(worker, utterance, tell):
+            while True:
+                piece = pieces.of(one := await news.get())
+                if piece is not None:
+                    yield piece
+                elif isinstance(one, Outcome):
+                    return
+
+    def _reading(
+        self, text: str, progress: ProgressCallback | None, options: Mapping[str, Any]
+    ) -> tuple[Utterance[Spoken], Worker[Spoken], Pieces]:
+        """A text that is to be spoken piece by piece, checked; who speaks it, and what makes audio of it."""
+        check_names(options)
+        if "long_form" in options:
+            raise InvalidInput("long_form is always on in a stream; leave it out")
+        if progress is not None and not callable(progress):
+            raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
+        (utterance,) = self._utterances(text, in_pieces=True, **options)
+        rate = self.config.codec.sample_rate
+        pause = np.zeros(round(LONG_FORM_PAUSE * rate), dtype=np.float32)
+        return utterance, self._worker.worker_for([utterance]), Pieces(rate, pause, progress)
+
     @property
     def captures(self) -> list[Capture]:
         """Decode steps captured as CUDA graphs so far, with the seconds and bytes each took; none on a CPU.
@@ -376,8 +443,9 @@ class Bark:
         fine: SamplingParams | None = None,
         max_seconds: float | None = None,
         long_form: bool = False,
+        in_pieces: bool = False,
     ) -> list[Utterance[Spoken]]:
-        """One text among others, checked and ready to be spoken."""
+        """One text among others, checked and ready to be spoken. in_pieces: a long one, chunk by chunk."""
         check_rng(rng)
         seeds = check_seeds([seed], 1) if seed is not None else None
         if rng == "torch" and seeds is None:
@@ -386,9 +454,11 @@ class Bark:
                 "together cannot; give a seed, or use generate"
             )
         options = self._options(semantic, coarse, fine, max_seconds, rng)
-        chunks = self._chunks(text, long_form)
+        chunks = self._chunks(text, long_form or in_pieces)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
+        if in_pieces:
+            return [Utterance(one_by_one(chunks, history, options, emit=True), noise)]
         return utterances_of(chunks, history, options, noise, None)
 
     def _options(

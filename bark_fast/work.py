@@ -107,7 +107,14 @@ class Drawn:
     ended: bool
 
 
-Work: TypeAlias = Decode | FinePass | Vocode | Join | Fork | Await
+@dataclass(frozen=True)
+class Emit:
+    """Show `value` to whoever watches the utterance. Answered at once, with True."""
+
+    value: object
+
+
+Work: TypeAlias = Decode | FinePass | Vocode | Join | Fork | Await | Emit
 T = TypeVar("T")
 Stage: TypeAlias = Generator[Work, Any, T]
 """A coroutine that yields work, is sent each answer, and returns T."""

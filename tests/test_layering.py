@@ -16,7 +16,7 @@ PACKAGE = Path(bark_fast.__file__).parent
 FLOORS = {
     "__main__": 7, "cli": 7,
     "pipeline": 6, "patching": 6, "progress": 6, "device": 6, "randomness": 6, "options": 6, "loading": 6,
-    "chunks": 6,
+    "chunks": 6, "streaming": 6,
     "stages": 5,
     "engine": 4,
     "modules": 3,

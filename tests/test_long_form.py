@@ -286,6 +286,137 @@ class TestSideBySide:
         assert held(suno_bark) == 0
 
 
+class TestStream:
+    """A piece a chunk, each as soon as it is there."""
+
+    @pytest.mark.parametrize("options", [{}, {"rng": "torch"}, {"voice": True}], ids=str)
+    def test_joined_the_pieces_are_what_generate_gives(self, suno_bark, preset, options):
+        options = {name: preset if name == "voice" else value for name, value in options.items()}
+        short = {"seed": 6, "max_seconds": 0.3, **options}
+        whole = suno_bark.generate(FIVE, long_form=True, **short)
+        pieces = list(suno_bark.stream(FIVE, **short))
+        assert len(pieces) == 5
+        joined = bark_fast.Audio.concat(pieces)
+        assert np.array_equal(joined.tokens.fine, whole.tokens.fine)
+        assert np.allclose(joined.samples, whole.samples, atol=1e-5)
+
+        async def awaited() -> list[bark_fast.Audio]:
+            return [piece async for piece in suno_bark.astream(FIVE, **short)]
+
+        for one, other in zip(asyncio.run(awaited()), pieces, strict=True):
+            assert np.array_equal(one.samples, other.samples)
+        (alone,) = suno_bark.stream("One.", **short)
+        assert np.array_equal(alone.samples, suno_bark.generate("One.", **short).samples)
+        wait_for_idle()
+        assert held(suno_bark) == 0
+
+    def test_a_piece_is_there_before_the_next_is_spoken(self, suno_bark, monkeypatch):
+        heard, vocode, calls = threading.Event(), suno_bark.runner.vocode, []
+
+        def waiting(works):
+            calls.append(len(works))
+            assert len(calls) == 1 or heard.wait(60)
+            return vocode(works)
+
+        monkeypatch.setattr(suno_bark.runner, "vocode", waiting)
+        stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3)
+        next(stream)
+        heard.set()
+        wait_for_idle()  # the rest is spoken while nobody asks for it
+        assert len(calls) == 5
+        assert len(list(stream)) == 4
+
+    def test_on_replicas(self, tiny_suno_dir, suno_bark):
+        twins = Bark.from_pretrained(tiny_suno_dir, replicas=["cpu", "cpu"], max_batch=2)
+        pieces = zip(
+            twins.stream(FIVE, seed=6, max_seconds=0.3),
+            suno_bark.stream(FIVE, seed=6, max_seconds=0.3),
+            strict=True,
+        )
+        for one, other in pieces:
+            assert np.array_equal(one.tokens.fine, other.tokens.fine)
+
+    def test_who_leaves_gives_up_the_rest(self, suno_bark):
+        unread = suno_bark.stream(FIVE, seed=6, max_seconds=10.0)
+        stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3)
+        next(stream)
+        stream.close()
+        assert held(suno_bark) == 0
+
+        async def leave() -> None:
+            stream = suno_bark.astream(FIVE, seed=6, max_seconds=0.3)
+            await anext(stream)
+            await stream.aclose()
+
+        asyncio.run(leave())
+        wait_for_idle()
+        assert held(suno_bark) == 0
+        unread.close()
+
+    def test_progress_and_what_it_raises(self, suno_bark):
+        events = []
+        pieces = list(suno_bark.stream(FIVE, seed=6, max_seconds=0.3, progress=events.append))
+        assert {(e.index, e.chunk) for e in events} == {(0, chunk) for chunk in range(len(pieces))}
+
+        def boom(event):
+            if event.chunk == 1:
+                raise ZeroDivisionError
+
+        stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3, progress=boom)
+        next(stream)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+        assert held(suno_bark) == 0
+
+    def test_errors_come_after_what_was_spoken(self, suno_bark, monkeypatch):
+        speak, broken = utterance.utterance, [GenerationError("broken")]
+
+        def failing(text, history, options, chunk=0):
+            if chunk == 2 and broken:
+                raise broken[0]
+            return (yield from speak(text, history, options, chunk))
+
+        monkeypatch.setattr(utterance, "utterance", failing)
+        stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3)
+        assert [next(stream).tokens is None for _ in range(2)] == [False, False]
+        with pytest.raises(GenerationError, match="broken"):
+            next(stream)
+        broken[0] = EndedTooEarly("the model ended after 0 semantic tokens")
+        with pytest.warns(RuntimeWarning, match=r"^chunk 3 of 5 was left out: the model ended after 0"):
+            assert len(list(suno_bark.stream(FIVE, seed=6, max_seconds=0.3))) == 4
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"long_form": False}, bark_fast.InvalidInput, "long_form is always on"),
+            ({"progress": True}, bark_fast.InvalidInput, "progress is True"),
+            ({"n": 2}, TypeError, "unexpected n"),
+            ({"rng": "torch"}, bark_fast.InvalidInput, "give a seed"),
+            ({"voice": "nobody"}, bark_fast.InvalidVoice, "nobody"),
+        ],
+        ids=str,
+    )
+    def test_what_makes_no_sense_is_refused_at_once(self, suno_bark, options, error, message):
+        with pytest.raises(error, match=message):
+            suno_bark.stream("One.", **options)
+        with pytest.raises(error, match=message):
+            asyncio.run(anext(suno_bark.astream("One.", **options)))
+
+    def test_samples_handed_out_are_not_kept(self, suno_bark):
+        stage = long_form([np.zeros(3, dtype=np.int64)], None, None, emit=True)
+
+        def speak(text, history, options, chunk=0):
+            yield from ()
+            return Speech(np.ones(9, dtype=np.float32), None, {})
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utterance, "utterance", speak)
+            assert len(next(stage).value.samples) == 9
+            with pytest.raises(StopIteration) as done:
+                stage.send(True)
+        assert [len(one.samples) for one in done.value.value] == [0]
+
+
 def test_texts_are_asked_for_one_after_the_other() -> None:
     """Utterances are numbered as they are handed out, texts in order; a failed one's rest is not handed out."""
     asked = []

@@ -399,9 +399,9 @@ def test_noise_is_drawn_where_it_is_used(suno_bark):
     pair = Pair(suno_bark)
     pair.runners[1].device = torch.device("meta")
     one, two = (Utterance(iter(()), PhiloxNoise(0, CPU)) for _ in range(2))
-    pair.engine._choose([one])
+    pair.engine.worker_for([one])
     pair.engine.workers[0]._callers[0] = (print, None)
-    pair.engine._choose([two])
+    pair.engine.worker_for([two])
     assert (one.noise.device.type, two.noise.device.type) == ("cpu", "meta")
 
 

@@ -40,7 +40,7 @@ class Replicas(Generic[T]):
         try:
             while True:
                 while len(under_way) < limit and (party := next(source, None)):
-                    worker = self._choose([one for _, one in party])
+                    worker = self.worker_for([one for _, one in party])
                     numbers = worker.numbers(len(party))
                     # noted before anything begins: an interrupt in between leaves nothing behind
                     under_way.update(((worker, n), index) for n, (index, _) in zip(numbers, party, strict=True))
@@ -63,9 +63,9 @@ class Replicas(Generic[T]):
 
     async def outcome(self, utterance: Utterance[T], observer: Observer | None = None) -> Outcome[T]:
         """As `Worker.outcome`."""
-        return await self._choose([utterance]).outcome(utterance, observer)
+        return await self.worker_for([utterance]).outcome(utterance, observer)
 
-    def _choose(self, party: Items[Utterance[T]]) -> Worker[T]:
+    def worker_for(self, party: Items[Utterance[T]]) -> Worker[T]:
         """The least busy, the first of several; noise that any device can draw is drawn on its own."""
         place = min(range(len(self.workers)), key=lambda place: self.workers[place].under_way)
         for one in party:

@@ -38,6 +38,10 @@ class Worker(Generic[T]):
         """Utterances handed over that have not ended."""
         return len(self._callers)
 
+    def worker_for(self, party: Iterable[Utterance[T]]) -> Worker[T]:
+        """Itself; of replicas, the one that is to speak them."""
+        return self
+
     def numbers(self, how_many: int) -> list[int]:
         """Numbers for as many utterances, for `submit` and `cancel`; none is given twice."""
         return [next(self._numbers) for _ in range(how_many)]
