@@ -129,7 +129,8 @@ class PhiloxNoise:
             if uses_triton(places):  # one launch, and the very logarithms of steps that draw for themselves
                 from bark_fast.kernels.philox import exponential
 
-                return exponential(places, width)
+                drawn: Tensor = exponential(places, width)
+                return drawn
         blocks = (width + 3) // 4
         block = torch.arange(blocks, device=self.device).expand(rows, blocks)
         step = torch.arange(first_step, first_step + rows, device=self.device)[:, None].expand(rows, blocks)
