@@ -24,7 +24,7 @@ from bark_fast.engine.worker import Worker
 from bark_fast.errors import GenerationError, InvalidInput
 from bark_fast.loading import copied_to, load_models, make_runner
 from bark_fast.numeric import is_whole
-from bark_fast.ops.noise import PhiloxNoise
+from bark_fast.ops.noise import NoiseSource, PhiloxNoise
 from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
@@ -41,8 +41,7 @@ from bark_fast.randomness import Rng, check_rng, check_seeds, make_noise
 from bark_fast.sampling import DIALECTS, Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.stages.utterance import heard
-from bark_fast.stages.utterance import long_form as one_by_one
-from bark_fast.streaming import News, Pieces, Reading, settle
+from bark_fast.streaming import News, Reading
 from bark_fast.text import Tokenizer, encode_text, split_text
 from bark_fast.voices import VoiceLibrary, load_voice
 from bark_fast.work import IntArray, Stage, Work
@@ -352,7 +351,7 @@ class Bark:
     ) -> Iterator[Audio]:
         """Speak a text of any length piece by piece: yields the audio of each chunk as soon as it is there.
 
-        A thread speaks the next chunk meanwhile, so that playing one needs no haste. All but the first begin
+        A thread speaks the next chunk meanwhile, and waits with the one after it. All but the first begin
         with the pause between chunks: joined, the pieces are what `generate` gives with long_form=True.
 
         progress: a function called with `Progress` events, between pieces. What it raises is raised here.
@@ -360,20 +359,18 @@ class Bark:
 
         Closing the iterator or leaving the loop gives up the rest.
         """
-        utterance, worker, pieces = self._reading(text, progress, options)
+        reading = self._reading(text, progress, options)
 
         def spoken() -> Iterator[Audio]:
             news: SimpleQueue[News] = SimpleQueue()
             try:
-                with Reading(worker, utterance, news.put):
-                    while True:
-                        piece = pieces.of(one := news.get())
-                        if piece is not None:
-                            yield piece
-                        elif isinstance(one, Outcome):
-                            return
+                reading.go_on(news.put)
+                while not reading.done:
+                    piece = reading.piece(news.get(), news.put)
+                    if piece is not None:
+                        yield piece
             finally:
-                settle(worker)
+                reading.give_up(wait=True)
 
         return spoken()
 
@@ -381,34 +378,33 @@ class Bark:
         self, text: str, *, progress: ProgressCallback | None = None, **options: Unpack[SpeechOptions]
     ) -> AsyncIterator[Audio]:
         """As `stream`, without blocking the event loop. Close it (`aclose`) where it is not read to its end."""
-        utterance, worker, pieces = await asyncio.to_thread(self._reading, text, progress, options)
+        reading = await asyncio.to_thread(self._reading, text, progress, options)
         loop, news = asyncio.get_running_loop(), asyncio.Queue[News]()
 
         def tell(one: News) -> None:
             with suppress(RuntimeError):  # the loop may be closed by now
                 loop.call_soon_threadsafe(news.put_nowait, one)
 
-        with Reading(worker, utterance, tell):
-            while True:
-                piece = pieces.of(one := await news.get())
+        try:
+            reading.go_on(tell)
+            while not reading.done:
+                piece = reading.piece(await news.get(), tell)
                 if piece is not None:
                     yield piece
-                elif isinstance(one, Outcome):
-                    return
+        finally:
+            reading.give_up(wait=False)
 
-    def _reading(
-        self, text: str, progress: ProgressCallback | None, options: Mapping[str, Any]
-    ) -> tuple[Utterance[Spoken], Worker[Spoken], Pieces]:
-        """A text that is to be spoken piece by piece, checked; who speaks it, and what makes audio of it."""
+    def _reading(self, text: str, progress: ProgressCallback | None, options: Mapping[str, Any]) -> Reading:
+        """A text that is to be spoken piece by piece, checked."""
         check_names(options)
         if "long_form" in options:
             raise InvalidInput("long_form is always on in a stream; leave it out")
         if progress is not None and not callable(progress):
             raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
-        (utterance,) = self._utterances(text, in_pieces=True, **options)
+        speech = self._speech(text, long_form=True, **options)
         rate = self.config.codec.sample_rate
         pause = np.zeros(round(LONG_FORM_PAUSE * rate), dtype=np.float32)
-        return utterance, self._worker.worker_for([utterance]), Pieces(rate, pause, progress)
+        return Reading(self._worker, *speech, rate, pause, progress)
 
     @property
     def captures(self) -> list[Capture]:
@@ -431,7 +427,11 @@ class Bark:
             if text is not None:
                 yield text
 
-    def _utterances(
+    def _utterances(self, text: str, **options: Unpack[SpeechOptions]) -> list[Utterance[Spoken]]:
+        """One text among others, checked and ready to be spoken."""
+        return utterances_of(*self._speech(text, **options), None)
+
+    def _speech(
         self,
         text: str,
         *,
@@ -443,9 +443,8 @@ class Bark:
         fine: SamplingParams | None = None,
         max_seconds: float | None = None,
         long_form: bool = False,
-        in_pieces: bool = False,
-    ) -> list[Utterance[Spoken]]:
-        """One text among others, checked and ready to be spoken. in_pieces: a long one, chunk by chunk."""
+    ) -> tuple[list[IntArray], Tokens | None, Options, NoiseSource]:
+        """One text among others, checked: chunks, voice, options and noise."""
         check_rng(rng)
         seeds = check_seeds([seed], 1) if seed is not None else None
         if rng == "torch" and seeds is None:
@@ -454,12 +453,10 @@ class Bark:
                 "together cannot; give a seed, or use generate"
             )
         options = self._options(semantic, coarse, fine, max_seconds, rng)
-        chunks = self._chunks(text, long_form or in_pieces)
+        chunks = self._chunks(text, long_form)
         (history,) = self._histories(voice, 1)
         (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
-        if in_pieces:
-            return [Utterance(one_by_one(chunks, history, options, emit=True), noise)]
-        return utterances_of(chunks, history, options, noise, None)
+        return chunks, history, options, noise
 
     def _options(
         self,

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from bark_fast.bars import make_bar
 from bark_fast.config import Layout
-from bark_fast.work import Await, Decode, Emit, FinePass, Fork, Join, Work
+from bark_fast.work import Await, Decode, FinePass, Fork, Join, Work
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ _SHARES = {"semantic": (0.0, 0.15), "coarse": (0.15, 0.65), "fine": (0.8, 0.18),
 
 def progress_of(index: int, work: Work, done: int) -> Progress | None:
     """The event for `done` units of `work`, None for work that is not progress."""
-    if isinstance(work, (Join, Fork, Await, Emit)):
+    if isinstance(work, (Join, Fork, Await)):
         return None
     if isinstance(work, Decode):
         return Progress(index, work.chunk, work.model, work.first_step + done, work.total_steps)

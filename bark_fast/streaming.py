@@ -2,77 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from bark_fast.audio import Audio
+from bark_fast.audio import Audio, Tokens
 from bark_fast.chunks import Spoken
+from bark_fast.engine.replicas import Replicas
 from bark_fast.engine.scheduler import Outcome, Utterance, leads
 from bark_fast.engine.worker import Worker
+from bark_fast.ops.noise import NoiseSource
 from bark_fast.progress import ProgressCallback, progress_of
-from bark_fast.stages.utterance import Speech, heard
-from bark_fast.work import Emit, FloatArray, Work
+from bark_fast.stages.request import Options
+from bark_fast.stages.utterance import Speech, heard, long_form
+from bark_fast.work import FloatArray, IntArray, Work
 
 News: TypeAlias = "Outcome[Spoken] | tuple[Work, int]"
-"""What a worker tells: how the text ended, or its current work and how far that is."""
+"""What a worker tells of a chunk: how it ended, or its current work and how far that is."""
 
 
 class Reading:
-    """A text that a worker speaks chunk by chunk, for one caller. A context manager that gives it up on exit.
+    """A long text that workers speak for one caller, a chunk at a time: one ahead of what was handed out.
 
-    tell: takes what there is to know, in the worker's thread.
+    voice: of all chunks; None carries each one's to the next. pause: silence (n,) that all pieces but the first
+    begin with.
     """
 
     def __init__(
-        self, worker: Worker[Spoken], utterance: Utterance[Spoken], tell: Callable[[News], None]
+        self,
+        workers: Worker[Spoken] | Replicas[Spoken],
+        chunks: Sequence[IntArray],
+        voice: Tokens | None,
+        options: Options,
+        noise: NoiseSource,
+        sample_rate: int,
+        pause: FloatArray,
+        report: ProgressCallback | None,
     ) -> None:
-        self._worker, self._utterance, self._tell = worker, utterance, tell
-        (self._number,) = worker.numbers(1)
+        self._workers, self._chunks, self._voice, self._options = workers, chunks, voice, options
+        self._noise, self._rate, self._pause, self._report = noise, sample_rate, pause, report
+        self._spoken: Spoken = []  # without samples
+        self._last: Tokens | None = None
+        self._under_way: tuple[Worker[Spoken], int] | None = None
 
-    def __enter__(self) -> None:
-        def saw(number: int, work: Work, done: int) -> None:
-            self._tell((work, done))
+    @property
+    def done(self) -> bool:
+        """Whether all chunks are spoken."""
+        return len(self._spoken) == len(self._chunks)
 
-        try:
-            self._worker.submit({self._number: self._utterance}, self._tell, saw)
-        except BaseException:
-            self._worker.cancel([self._number])
-            raise
+    def go_on(self, tell: Callable[[News], None]) -> None:
+        """Begin with the next chunk, if there is one. tell: takes the news of it, in a worker's thread."""
+        if self.done:
+            return
+        place = len(self._spoken)
+        voice = self._last if self._voice is None else self._voice
+        stage = long_form([self._chunks[place]], voice, self._options, place)
+        utterance: Utterance[Spoken] = Utterance(stage, self._noise)
+        worker = self._workers.worker_for([utterance])
+        (number,) = worker.numbers(1)
+        self._under_way = worker, number
+        worker.submit({number: utterance}, tell, lambda _, work, done: tell((work, done)))
 
-    def __exit__(self, *_: object) -> None:
-        self._worker.cancel([self._number])
+    def piece(self, news: News, tell: Callable[[News], None]) -> Audio | None:
+        """The audio of a chunk, if one has ended and says something; the next one has been begun then.
 
-
-def settle(worker: Worker[Spoken]) -> None:
-    """Wait until what was given up holds nothing, unless that would be to wait for oneself."""
-    if not leads() and not worker.runs_here():
-        worker.settle()
-
-
-class Pieces:
-    """Makes audio of the news of one text. pause: silence (n,) that all chunks but the first begin with."""
-
-    def __init__(self, sample_rate: int, pause: FloatArray, report: ProgressCallback | None) -> None:
-        self._rate, self._pause, self._report = sample_rate, pause, report
-        self._first = True
-
-    def of(self, news: News) -> Audio | None:
-        """The next chunk's audio, if this is one; None for anything else. Raises what the text met."""
-        if isinstance(news, Outcome):
-            if news.error is not None:
-                raise news.error
-            heard(news.result or [])  # says which chunks were left out
-            return None
-        work, done = news
-        if not isinstance(work, Emit):
-            event = progress_of(0, work, done)
+        Raises what the chunk met; after the last one, EndedTooEarly if none said anything.
+        """
+        if not isinstance(news, Outcome):
+            event = progress_of(0, *news)
             if self._report is not None and event is not None:
                 self._report(event)
             return None
-        speech = work.value
-        assert isinstance(speech, Speech)
-        samples = speech.samples if self._first else np.concatenate([self._pause, speech.samples])
-        self._first = False
+        if news.error is not None:
+            raise news.error
+        (speech,) = news.result or []
+        first = self._last is None
+        if isinstance(speech, Speech):
+            self._last = speech.tokens
+            self._spoken.append(Speech(speech.samples[:0].copy(), speech.tokens, speech.timings))
+        else:
+            self._spoken.append(speech)
+        self.go_on(tell)
+        if self.done:
+            heard(self._spoken)  # says which were left out
+        if not isinstance(speech, Speech):
+            return None
+        samples = speech.samples if first else np.concatenate([self._pause, speech.samples])
         return Audio(samples, self._rate, speech.tokens, speech.timings)
+
+    def give_up(self, wait: bool) -> None:
+        """End what is under way. wait: until it holds nothing, unless that would be to wait for oneself."""
+        if self._under_way is None:
+            return
+        worker, number = self._under_way
+        worker.cancel([number])
+        if wait and not leads() and not worker.runs_here():
+            worker.settle()

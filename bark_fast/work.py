@@ -107,14 +107,7 @@ class Drawn:
     ended: bool
 
 
-@dataclass(frozen=True)
-class Emit:
-    """Show `value` to whoever watches the utterance. Answered at once, with True."""
-
-    value: object
-
-
-Work: TypeAlias = Decode | FinePass | Vocode | Join | Fork | Await | Emit
+Work: TypeAlias = Decode | FinePass | Vocode | Join | Fork | Await
 T = TypeVar("T")
 Stage: TypeAlias = Generator[Work, Any, T]
 """A coroutine that yields work, is sent each answer, and returns T."""

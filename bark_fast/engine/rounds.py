@@ -17,7 +17,7 @@ from bark_fast.engine.runner import Runner
 from bark_fast.engine.utterance import Active, Branch, Outcome, Owner, Utterance
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise
-from bark_fast.work import Await, Decode, Emit, FinePass, Fork, Join, Stage, Vocode, Work
+from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, Work
 
 T = TypeVar("T")
 MODELS = ("semantic", "coarse")
@@ -166,9 +166,6 @@ class Rounds(Generic[T]):
         """The answer to what takes no time, for which pages are kept; None for work to be done."""
         if isinstance(work, Fork):
             return self._fork(one, work.stage)
-        if isinstance(work, Emit):
-            one.owner.saw(one.index, work, 0)
-            return True
         if isinstance(work, Await):
             assert isinstance(work.branch, Branch)
             return work.branch.answer(work.tokens)

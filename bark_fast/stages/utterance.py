@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from bark_fast.audio import Tokens
 from bark_fast.errors import EndedTooEarly
@@ -15,7 +13,7 @@ from bark_fast.stages.coarse import coarse, frames_for
 from bark_fast.stages.fine import fine
 from bark_fast.stages.request import Options
 from bark_fast.stages.semantic import semantic
-from bark_fast.work import Await, Drawn, Emit, FloatArray, Fork, IntArray, Stage, Vocode
+from bark_fast.work import Await, Drawn, FloatArray, Fork, IntArray, Stage, Vocode
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,12 @@ def _frames(semantic_tokens: IntArray, options: Options) -> int:
 
 
 def long_form(
-    chunks: Sequence[IntArray], voice: Tokens | None, options: Options, first: int = 0, emit: bool = False
+    chunks: Sequence[IntArray], voice: Tokens | None, options: Options, first: int = 0
 ) -> Stage[list[Speech | EndedTooEarly]]:
     """Speak chunk after chunk in one voice: the given one, else each chunk carries its own to the next.
 
     Where the model ends a chunk at once, the reason stands in its place. first: the first one's number within
-    its text. emit: show each as soon as it is spoken, and keep its samples no longer.
+    its text.
     """
     spoken: list[Speech | EndedTooEarly] = []
     last: Tokens | None = None
@@ -87,9 +85,6 @@ def long_form(
         except EndedTooEarly as error:
             spoken.append(error)
         else:
-            if emit:
-                yield Emit(speech)
-                speech = replace(speech, samples=np.empty(0, dtype=np.float32))
             spoken.append(speech)
             last = speech.tokens
     return spoken
