@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -385,6 +386,28 @@ class TestStream:
         broken[0] = EndedTooEarly("the model ended after 0 semantic tokens")
         with pytest.warns(RuntimeWarning, match=r"^chunk 3 of 5 was left out: the model ended after 0"):
             assert len(list(suno_bark.stream(FIVE, seed=6, max_seconds=0.3))) == 4
+
+    def test_a_silent_beginning_leaves_no_pause(self, suno_bark, monkeypatch):
+        speak = utterance.utterance
+
+        def silent_at_first(text, history, options, chunk=0):
+            if chunk == 0:
+                raise EndedTooEarly("the model ended after 0 semantic tokens")
+            return (yield from speak(text, history, options, chunk))
+
+        monkeypatch.setattr(utterance, "utterance", silent_at_first)
+        with pytest.warns(RuntimeWarning, match=r"^chunk 1 of 5 was left out"):
+            whole = suno_bark.generate(FIVE, **SHORT)
+        with pytest.warns(RuntimeWarning, match=r"^chunk 1 of 5 was left out"):
+            pieces = list(suno_bark.stream(FIVE, seed=SHORT["seed"], max_seconds=SHORT["max_seconds"]))
+        assert np.allclose(np.concatenate([piece.samples for piece in pieces]), whole.samples, atol=1e-5)
+
+    def test_samples_handed_out_are_not_kept(self, suno_bark):
+        stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3)
+        first = weakref.ref(next(stream).samples)
+        next(stream)
+        assert first() is None
+        stream.close()
 
     @pytest.mark.parametrize(
         ("options", "error", "message"),
