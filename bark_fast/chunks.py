@@ -62,11 +62,11 @@ class Texts:
         parts = self._spoken.get(text)
         if parts is None:
             return None
-        if outcome.error is None:
-            parts[place] = outcome.result
-            if None in parts:
-                return None
-        del self._spoken[text]
         if outcome.error is not None:
+            del self._spoken[text]
             return Outcome(text, error=outcome.error)
+        parts[place] = outcome.result
+        if None in parts:
+            return None
+        del self._spoken[text]
         return Outcome(text, [one for part in parts for one in part or []])

@@ -133,6 +133,12 @@ def check_names(options: Mapping[str, Any]) -> None:
         )
 
 
+def check_callback(progress: object) -> None:
+    """A function, or None."""
+    if progress is not None and not callable(progress):
+        raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
+
+
 def speech_request(request: object, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Text and options of an item of a stream: a string, or a mapping with "text" and options of its own."""
     own = dict(request) if isinstance(request, Mapping) else {"text": request}

@@ -29,6 +29,7 @@ from bark_fast.options import (
     GenerateOptions,
     SpeechOptions,
     VoiceLike,
+    check_callback,
     check_names,
     checked_texts,
     one_each,
@@ -324,8 +325,7 @@ class Bark:
         up the text and frees what it holds; the others go on. Raises InvalidInput or GenerationError.
         """
         check_names(options)
-        if progress is not None and not callable(progress):
-            raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
+        check_callback(progress)
         observer = None if progress is None else _observer(progress)
         places = asyncio.Semaphore(self._places)
 
@@ -399,8 +399,7 @@ class Bark:
         check_names(options)
         if "long_form" in options:
             raise InvalidInput("long_form is always on in a stream; leave it out")
-        if progress is not None and not callable(progress):
-            raise InvalidInput(f"progress is {progress!r}; pass a function, or None")
+        check_callback(progress)
         speech = self._speech(text, long_form=True, **options)
         rate = self.config.codec.sample_rate
         pause = np.zeros(round(LONG_FORM_PAUSE * rate), dtype=np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,3 +158,11 @@ def forever() -> Stage[None]:
     """Draws until it is closed."""
     while True:
         yield Decode("coarse", np.arange(10_000, 10_040), RULE, 20)
+
+
+def wait_for_idle() -> None:
+    """Until no worker thread is left, which must not be long."""
+    deadline = time.perf_counter() + 10
+    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
+        assert time.perf_counter() < deadline, "the worker's thread does not end"
+        time.sleep(0.01)

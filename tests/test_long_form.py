@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import warnings
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from engine_load import wait_for_idle
 
 import bark_fast
 from bark_fast import Bark, GenerationError, TextTooLong
@@ -24,6 +24,21 @@ from bark_fast.stages.utterance import Speech, long_form
 LONG = "This is a sentence of some length, spoken slowly. " * 40
 FIVE = LONG[:500]
 SHORT = {"seed": 6, "long_form": True, "max_seconds": 0.3}
+
+
+SILENT = EndedTooEarly("the model ended after 0 semantic tokens")
+
+
+def break_chunk(monkeypatch: pytest.MonkeyPatch, broken: int, error: Exception) -> None:
+    """Let the chunk of this number meet an error."""
+    speak = utterance.utterance
+
+    def failing(text, history, options, chunk=0):
+        if chunk == broken:
+            raise error
+        return (yield from speak(text, history, options, chunk))
+
+    monkeypatch.setattr(utterance, "utterance", failing)
 
 
 class TestOneAfterTheOther:
@@ -71,14 +86,7 @@ class TestOneAfterTheOther:
 
     def test_every_chunk_left_out_is_told_with_its_text(self, suno_bark, monkeypatch):
         """Of the same number of as many, too, which Python's own filter takes for the same warning."""
-        speak = utterance.utterance
-
-        def silent_at_first(text, history, options, chunk=0):
-            if chunk == 0:
-                raise EndedTooEarly("the model ended after 0 semantic tokens")
-            return (yield from speak(text, history, options, chunk))
-
-        monkeypatch.setattr(utterance, "utterance", silent_at_first)
+        break_chunk(monkeypatch, 0, SILENT)
         options = {"seed": 0, "long_form": True, "max_seconds": 0.1}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
@@ -204,14 +212,7 @@ class TestSideBySide:
         assert "chunk 5/5" in capsys.readouterr().err
 
     def test_a_chunk_that_says_nothing_is_told_by_its_number(self, suno_bark, preset, in_order, monkeypatch):
-        speak = utterance.utterance
-
-        def without_the_third(text, history, options, chunk=0):
-            if chunk == 2:
-                raise EndedTooEarly("the model ended after 0 semantic tokens")
-            return (yield from speak(text, history, options, chunk))
-
-        monkeypatch.setattr(utterance, "utterance", without_the_third)
+        break_chunk(monkeypatch, 2, SILENT)
         with pytest.warns(RuntimeWarning, match="^chunk 3 of 5 was left out: the model ended after 0"):
             audio = suno_bark.generate(FIVE, voice=preset, **SHORT)
         assert same(audio, [*in_order[:2], *in_order[3:]])
@@ -371,31 +372,17 @@ class TestStream:
         assert held(suno_bark) == 0
 
     def test_errors_come_after_what_was_spoken(self, suno_bark, monkeypatch):
-        speak, broken = utterance.utterance, [GenerationError("broken")]
-
-        def failing(text, history, options, chunk=0):
-            if chunk == 2 and broken:
-                raise broken[0]
-            return (yield from speak(text, history, options, chunk))
-
-        monkeypatch.setattr(utterance, "utterance", failing)
+        break_chunk(monkeypatch, 2, GenerationError("broken"))
         stream = suno_bark.stream(FIVE, seed=6, max_seconds=0.3)
         assert [next(stream).tokens is None for _ in range(2)] == [False, False]
         with pytest.raises(GenerationError, match="broken"):
             next(stream)
-        broken[0] = EndedTooEarly("the model ended after 0 semantic tokens")
+        break_chunk(monkeypatch, 2, SILENT)
         with pytest.warns(RuntimeWarning, match=r"^chunk 3 of 5 was left out: the model ended after 0"):
             assert len(list(suno_bark.stream(FIVE, seed=6, max_seconds=0.3))) == 4
 
     def test_a_silent_beginning_leaves_no_pause(self, suno_bark, monkeypatch):
-        speak = utterance.utterance
-
-        def silent_at_first(text, history, options, chunk=0):
-            if chunk == 0:
-                raise EndedTooEarly("the model ended after 0 semantic tokens")
-            return (yield from speak(text, history, options, chunk))
-
-        monkeypatch.setattr(utterance, "utterance", silent_at_first)
+        break_chunk(monkeypatch, 0, SILENT)
         with pytest.warns(RuntimeWarning, match=r"^chunk 1 of 5 was left out"):
             whole = suno_bark.generate(FIVE, **SHORT)
         with pytest.warns(RuntimeWarning, match=r"^chunk 1 of 5 was left out"):
@@ -464,11 +451,3 @@ def test_a_text_is_one_utterance_where_chunks_depend_on_one_another(suno_bark, p
     apart = utterances_of(chunks, history, None, noise, None)
     assert [one.noise.seed for one in apart] == [noise.seed] * 4
     assert len({id(one.noise) for one in apart}) == 4  # replicas draw each on a device of its own
-
-
-def wait_for_idle() -> None:
-    """Until no worker thread is left, which must not be long."""
-    deadline = time.perf_counter() + 10
-    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
-        assert time.perf_counter() < deadline, "the worker's thread does not end"
-        time.sleep(0.01)

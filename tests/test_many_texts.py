@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import numpy as np
 import pytest
+from engine_load import wait_for_idle
 
 from bark_fast import GenerationError, InvalidInput, InvalidVoice, SamplingParams, TextTooLong
 from bark_fast.errors import EndedTooEarly
@@ -338,11 +339,3 @@ class TestAgenerate:
         assert all("the engine failed: MemoryError" in str(one) for one in asyncio.run(two()))
         monkeypatch.undo()
         assert asyncio.run(suno_bark.agenerate("One.", seed=0, **SHORT)).duration > 0
-
-
-def wait_for_idle() -> None:
-    """Until no worker thread is left, which must not be long."""
-    deadline = time.perf_counter() + 10
-    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
-        assert time.perf_counter() < deadline, "the worker's thread does not end"
-        time.sleep(0.01)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken_alone, tokens_of
+from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken_alone, tokens_of, wait_for_idle
 
 from bark_fast import Bark, InvalidInput
 from bark_fast.device import pick_replicas
@@ -37,10 +37,7 @@ def load(suno_bark):
 def no_thread_stays() -> Iterator[None]:
     """After each test the workers' threads are gone, which must not take long."""
     yield
-    deadline = time.perf_counter() + 10
-    while any(thread.name == "bark-fast" for thread in threading.enumerate()):
-        assert time.perf_counter() < deadline, "a worker's thread does not end"
-        time.sleep(0.01)
+    wait_for_idle()
 
 
 class Pair:
