@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -208,10 +209,12 @@ def test_an_error_before_a_capture_is_the_steps_own(suno_bark: Bark, monkeypatch
                         "memory_reserved": lambda device: 0, "CUDAGraph": lambda: None, "graph": graph,
                         "set_stream": lambda stream: None}.items():  # fmt: skip
         monkeypatch.setattr(capture.torch.cuda, name, value)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         patch.setattr(loop, "_step", lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
         (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
     assert str(outcome.error) == "CUDA out of memory"
+    assert not told
     assert not asked
     assert not memory.failed
     with pytest.warns(RuntimeWarning, match="could not capture a decode step of coarse .capture refused"):
