@@ -109,6 +109,7 @@ def linear(
     out: object,
     gelu: bool,
     threads: int,
+    scales: object = ...,
 ) -> None: ...
 def mlp(
     x: object,
@@ -128,10 +129,12 @@ def decode_layers(
     values: list[object],
     block_table: object,
     lengths: object,
+    query_starts: object,
     slots: object,
     out: object,
     scale: float,
     threads: int,
+    scales: list[object] = ...,
 ) -> None: ...
 def philox_uniform(seed: int, stream: int, chunk: int, first_step: int, out: object) -> None: ...
 def isas() -> list[str]: ...

@@ -18,8 +18,10 @@ from bark_fast.device import pick_device
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.memory import context_bytes, is_of_memory, storage_bytes
 from bark_fast.engine.runner import EagerRunner
+from bark_fast.engine.speculative_runner import SpeculativeRunner
 from bark_fast.errors import InvalidInput
 from bark_fast.modules.codec import Codec
+from bark_fast.modules.draft import DraftGPT
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.dispatch import preferred
@@ -94,17 +96,28 @@ def copied_to(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:
 
 
 def make_runner(
-    checkpoint: Checkpoint, device: torch.device, max_batch: int, max_memory: int | None, offload: bool
+    checkpoint: Checkpoint,
+    device: torch.device,
+    max_batch: int,
+    max_memory: int | None,
+    offload: bool,
+    speculative: bool = True,
 ) -> EagerRunner:
-    """The models with their weights, and caches for `max_batch` utterances, or within `max_memory`."""
+    """The models with their weights, and caches for `max_batch` utterances, or within `max_memory`.
+
+    speculative: with draft models where they help and, beside one utterance's caches, fit.
+    """
     config, weights = checkpoint.config, checkpoint.weights
     with torch.device("meta"):
         semantic, coarse = GPT(config.semantic), GPT(config.coarse)
         fine, codec = FineGPT(config.fine), Codec(config.codec)
     room = None if max_memory is None else _room_for_caches(checkpoint, max_memory, offload)
+    drafts = speculative and not offload and _leaves_room_for_drafts(checkpoint, room)
     decoding = [weight for name in ("semantic", "coarse") for weight in weights[name].values()]
     fastest = next((weight.device for weight in decoding if weight.is_cuda), device)
-    kind = runner_kind(device if offload else fastest, decoding[0].dtype)
+    kind = runner_kind(device if offload else fastest, decoding[0].dtype, drafts)
+    if kind is SpeculativeRunner and room is not None:
+        room -= _draft_bytes(checkpoint)
     modules: dict[ModelName, nn.Module] = {"semantic": semantic, "coarse": coarse, "fine": fine, "codec": codec}
     for name, module in modules.items():
         module.load_state_dict(weights[name], assign=True)  # it was built without
@@ -117,10 +130,13 @@ def make_runner(
     return runner
 
 
-def runner_kind(device: torch.device, dtype: torch.dtype) -> type[EagerRunner]:
-    """The runner for models that decode on `device` in `dtype`. Says so where a GPU gets the slow one."""
+def runner_kind(device: torch.device, dtype: torch.dtype, speculative: bool = False) -> type[EagerRunner]:
+    """The runner for models that decode on `device` in `dtype`. Says so where a GPU gets the slow one.
+
+    speculative: whether those on a CPU may have draft models.
+    """
     if device.type != "cuda" or preferred() == "torch":
-        return EagerRunner
+        return SpeculativeRunner if speculative else EagerRunner
     gpu = number_of(device)
     if fault := triton_fault(gpu, dtype):  # a step of sampling then needs the host: a burst would gain nothing
         warnings.warn(
@@ -135,14 +151,33 @@ def runner_kind(device: torch.device, dtype: torch.dtype) -> type[EagerRunner]:
 
 def _room_for_caches(checkpoint: Checkpoint, max_memory: int, offload: bool) -> int:
     """Bytes that `max_memory` leaves beside the weights; at least one utterance's."""
-    config = checkpoint.config
     sizes = [storage_bytes(tensors.values()) for tensors in checkpoint.weights.values()]
     taken = max(sizes) if offload else sum(sizes)
-    dtype = next(iter(checkpoint.weights["semantic"].values())).dtype
-    one = sum(context_bytes(gpt, dtype) for gpt in (config.semantic, config.coarse))
+    one = _least_caches(checkpoint)
     if max_memory < taken + one:
         raise InvalidInput(
             f"max_memory is {max_memory} bytes; the weights take {taken} and the caches of one utterance "
             f"{one}: give at least {taken + one}, or choose a smaller dtype or checkpoint, or offload=True"
         )
     return max_memory - taken
+
+
+def _least_caches(checkpoint: Checkpoint) -> int:
+    """Bytes of one utterance's caches."""
+    config, dtype = checkpoint.config, _decoding_dtype(checkpoint)
+    return sum(context_bytes(gpt, dtype) for gpt in (config.semantic, config.coarse))
+
+
+def _decoding_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return next(iter(checkpoint.weights["semantic"].values())).dtype
+
+
+def _draft_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the draft models that a speculative runner will make."""
+    config, dtype = checkpoint.config, _decoding_dtype(checkpoint)
+    models = (config.semantic, config.coarse)
+    return sum(DraftGPT.bytes_of(gpt) for gpt in models if SpeculativeRunner.gains_from_a_draft(gpt, dtype))
+
+
+def _leaves_room_for_drafts(checkpoint: Checkpoint, room: int | None) -> bool:
+    return room is None or room >= _draft_bytes(checkpoint) + _least_caches(checkpoint)

@@ -70,6 +70,7 @@ class Bark:
         max_memory: int | None = None,
         offload: bool = False,
         replicas: Sequence[torch.device] = (),
+        speculative: bool = True,
     ) -> None:
         config = checkpoint.config
         self.config, self.device, self.source = config, device, checkpoint.source
@@ -83,9 +84,16 @@ class Bark:
             hub_id=checkpoint.hub_id,
         )
         self.runners = [
-            make_runner(copied_to(checkpoint, place), place, max_batch, max_memory, offload=False)
+            make_runner(
+                copied_to(checkpoint, place),
+                place,
+                max_batch,
+                max_memory,
+                offload=False,
+                speculative=speculative,
+            )
             for place in replicas
-        ] or [make_runner(checkpoint, device, max_batch, max_memory, offload)]
+        ] or [make_runner(checkpoint, device, max_batch, max_memory, offload, speculative)]
         self.runner = self.runners[0]
         schedulers: list[Scheduler[Spoken]] = [
             Scheduler(one, limits=Limits.of(one, max_batch, offload)) for one in self.runners
@@ -111,6 +119,7 @@ class Bark:
         devices: Mapping[str, str | int | torch.device] | None = None,
         offload: bool = False,
         replicas: int | Sequence[str | torch.device] | None = None,
+        speculative: bool = True,
         progress: bool = False,
         revision: str | None = None,
     ) -> Bark:
@@ -128,6 +137,10 @@ class Bark:
         replicas: devices of one kind that each hold the whole model, as ["cuda:0", "cuda:1"], or the number of
         GPUs to take. Each advances `max_batch` utterances within `max_memory`, in a thread of its own; a text
         goes where the fewest are under way, and says the same everywhere. Weights are read once.
+        speculative: on a CPU with the compiled extension, a copy of the decoding weights in int8 guesses tokens
+        where one or two utterances are under way, and the model checks several at once: the same tokens sooner,
+        for a quarter of these weights' memory in float32, half in 16 bits. It is made when first used, and left
+        out where `max_memory` has no room for it. False: do without.
         revision: of a hub id, a branch, tag or commit; its voices are those of the same commit.
         Raises CheckpointError when files are missing or damaged, InvalidInput for an option out of range.
         """
@@ -139,10 +152,12 @@ class Bark:
             raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
         if replicas is not None and (device != "auto" or devices or offload):
             raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
+        if not isinstance(speculative, bool):
+            raise InvalidInput(f"speculative is {speculative!r}; it must be True or False")
         places = [] if replicas is None else pick_replicas(replicas)
         where = places[0] if places else pick_device(device)
         checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress, revision)
-        return cls(checkpoint, where, dialect, max_batch, max_memory, offload, places)
+        return cls(checkpoint, where, dialect, max_batch, max_memory, offload, places, speculative)
 
     @overload
     def generate(self, text: str, **options: Unpack[GenerateOptions]) -> Audio: ...

@@ -73,7 +73,7 @@ def step(gpt: GPT, rows: int, backend: str) -> Call:
         pages.normal_()
     handles = [pool.pool.create() for _ in range(rows)]
     pool.reserve(handles, [CONTEXT] * rows)
-    cache = pool.one_row_each(pool.reserve(handles, [1] * rows))
+    cache = pool.paged_rows(pool.reserve(handles, [1] * rows))
     assert cache is not None
     ids, positions = torch.arange(rows), torch.full((rows,), CONTEXT)
 

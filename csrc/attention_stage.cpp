@@ -125,7 +125,8 @@ void AttentionStage::run(int64_t ticket, int64_t next_ticket, Ahead, char*) cons
             next = unit_at(*next_job, following);
             unit.next = &next;
         }
-        if (append_ && unit.last_key == job->keys) append_head(*append_, unit.row, unit.head);
+        if (append_ && unit.last_key == job->keys)  // the rows' own keys are of the last part: it is longer than a tile
+            for (int32_t row = unit.row; row < unit.row + unit.rows; ++row) append_head(*append_, row, unit.head);
         kernels_->attend(call_, unit);
         if (job->parts > 1) finish(*job, unit.head);
         unit = next;

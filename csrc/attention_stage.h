@@ -35,7 +35,7 @@ private:
     int64_t counters_ = 0;
 };
 
-// append: keys and values of the query rows are stored on the way; then every sequence has one row.
+// append: keys and values of the query rows are stored on the way; then a sequence has at most kQueryTile rows.
 class AttentionStage final : public Stage {
 public:
     AttentionStage(const Attention& call, AttentionPlan& plan, int threads, const Append* append);

@@ -23,7 +23,7 @@ inline void check_dtype(const TensorView& t, DType dtype) {
 }
 
 inline void check_floating(const TensorView& t) {
-    if (t.dtype == DType::i32 || t.dtype == DType::i64)
+    if (t.dtype != DType::f32 && t.dtype != DType::f16 && t.dtype != DType::bf16)
         reject(std::string(t.name) + " is " + name_of(t.dtype) + "; expected float32, float16 or bfloat16");
 }
 

@@ -1,4 +1,4 @@
-// All layers of a decode step on the CPU: one new row a sequence.
+// All layers of a decode step on the CPU: a few new rows a sequence.
 #pragma once
 
 #include "linear.h"
@@ -10,7 +10,7 @@ namespace bark_fast {
 struct DecodeLayer {
     Linear qkv;
     Append append;
-    Attention attention;  // every sequence has one row
+    Attention attention;  // a sequence has at most kQueryTile rows
     Linear out, fc, proj;
 };
 

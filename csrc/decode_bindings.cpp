@@ -6,6 +6,7 @@
 #include "decode.h"
 #include "linear_checks.h"
 #include "paged_kv_checks.h"
+#include "paged_kv_kernels.h"
 
 namespace py = pybind11;
 
@@ -13,17 +14,23 @@ namespace bark_fast {
 namespace {
 
 constexpr size_t kWeights = 12;  // of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj
+constexpr size_t kScales = 4;    // of a layer whose qkv, out, fc and proj are int8
 
-// A row's key and value must go where its last key is looked for: others may not write what it reads meanwhile.
+// A row's key and value must go where its sequence looks for them: others may not write what it reads meanwhile.
 void check_new_keys(const Attention& call, const int64_t* slots) {
-    for (int32_t row = 0; row < call.rows; ++row) {
-        check_value("lengths", row, call.lengths[row], 1, INT32_MAX);
-        if (slots[row] < 0) continue;
-        const int32_t last = call.lengths[row] - 1, page = call.pages.page_size;
-        const int64_t place = call.block_table[row * call.table_stride + last / page] * int64_t{page} + last % page;
-        if (slots[row] != place)
-            reject("slots[" + std::to_string(row) + "] is " + std::to_string(slots[row]) + "; expected " +
-                   std::to_string(place) + ", the slot of the last key, or -1");
+    const int32_t page = call.pages.page_size;
+    for (int32_t seq = 0; seq < call.seqs; ++seq) {
+        const int32_t start = call.query_starts[seq], rows = call.query_starts[seq + 1] - start;
+        check_value("rows of sequence", seq, rows, 0, kQueryTile + 1);
+        check_value("lengths", seq, call.lengths[seq], rows, INT32_MAX);
+        for (int32_t row = start; row < start + rows; ++row) {
+            if (slots[row] < 0) continue;
+            const int32_t key = call.lengths[seq] - rows + row - start;
+            const int64_t place = call.block_table[seq * call.table_stride + key / page] * int64_t{page} + key % page;
+            if (slots[row] != place)
+                reject("slots[" + std::to_string(row) + "] is " + std::to_string(slots[row]) + "; expected " +
+                       std::to_string(place) + ", the slot of its key, or -1");
+        }
     }
 }
 
@@ -46,20 +53,24 @@ struct Room {
 };
 
 void decode_layers(py::handle x_, const py::list& weights, const py::list& keys, const py::list& values,
-                   py::handle table_, py::handle lengths_, py::handle slots_, py::handle out_, float scale,
-                   int threads) {
+                   py::handle table_, py::handle lengths_, py::handle starts_, py::handle slots_, py::handle out_,
+                   float scale, int threads, const py::list& scales) {
     const TensorView x = few_rows(x_);
     const DType dtype = x.dtype;
     const int64_t rows = x.shape[0], width = x.shape[1];
     const TensorView out = out_rows(out_, dtype, rows, width);
     const TensorView table = tensor_view(table_, "block_table"), lengths = tensor_view(lengths_, "lengths");
-    const TensorView slots = tensor_view(slots_, "slots");
+    const TensorView starts = tensor_view(starts_, "query_starts"), slots = tensor_view(slots_, "slots");
     check_dtype(table, DType::i32);
-    check_shape(table, {rows, -1});
+    check_shape(table, {-1, -1});
+    const int64_t seqs = table.shape[0];
     check_packed(table, 1);
     check_dtype(lengths, DType::i32);
-    check_shape(lengths, {rows});
+    check_shape(lengths, {seqs});
     check_packed(lengths, 0);
+    check_dtype(starts, DType::i32);
+    check_shape(starts, {seqs + 1});
+    check_packed(starts, 0);
     check_dtype(slots, DType::i64);
     check_shape(slots, {rows});
     check_packed(slots, 0);
@@ -68,25 +79,28 @@ void decode_layers(py::handle x_, const py::list& weights, const py::list& keys,
         reject("there are " + std::to_string(weights.size()) + " weights, " + std::to_string(count) + " keys and " +
                std::to_string(values.size()) + " values; expected " + std::to_string(kWeights) +
                ", one and one of each layer");
+    if (!scales.empty() && scales.size() != kScales * count)
+        reject("there are " + std::to_string(scales.size()) + " scales; expected none, or " + std::to_string(kScales) +
+               " of each layer");
     thread_local Room room;
     thread_local std::vector<DecodeLayer> calls;
-    thread_local std::vector<int32_t> starts;
     room.used = 0;
     calls.clear();
-    starts.resize(rows + 1);
-    for (int64_t i = 0; i <= rows; ++i) starts[i] = static_cast<int32_t>(i);
     TensorView before = x;
     TensorView qkv, attended, middle, hidden;
     for (size_t i = 0; i < count; ++i) {
         const auto weight = [&](size_t at) { return py::handle(PyList_GET_ITEM(weights.ptr(), kWeights * i + at)); };
+        const auto scales_of = [&](size_t at) {
+            return scales.empty() ? py::handle(Py_None) : py::handle(PyList_GET_ITEM(scales.ptr(), kScales * i + at));
+        };
         const TensorView k = tensor_view(PyList_GET_ITEM(keys.ptr(), i), "keys");
         const TensorView v = tensor_view(PyList_GET_ITEM(values.ptr(), i), "values");
         const PageShape pages = check_page_pair(k, v);
         check_dtype(k, dtype);
         check_fits(table, 1, INT32_MAX / pages.page_size);
-        for (const TensorView* t : {&table, &lengths, &slots, &k}) check_same_device(*t, x);
+        for (const TensorView* t : {&table, &lengths, &starts, &slots, &k}) check_same_device(*t, x);
         DecodeLayer call{};
-        call.qkv = call_of(before, weight(0), weight(1), weight(2), "qkv", weight(3));
+        call.qkv = call_of(before, weight(0), weight(1), weight(2), "qkv", weight(3), scales_of(0));
         if (int64_t{pages.n_head} * pages.head_dim != width || call.qkv.n != 3 * width)
             reject("x has " + std::to_string(width) + " columns, qkv " + std::to_string(call.qkv.n) + " rows and keys " +
                    std::to_string(pages.n_head) + " heads of " + std::to_string(pages.head_dim) +
@@ -104,16 +118,16 @@ void decode_layers(py::handle x_, const py::list& weights, const py::list& keys,
         call.append = {pages, dtype, qkv.data, qkv.strides[0], k.data, v.data, slots.as<int64_t>(),
                        static_cast<int32_t>(rows)};
         call.attention = {pages, dtype, qkv.data, qkv.strides[0], k.data, v.data, table.as<int32_t>(),
-                          table.strides[0], lengths.as<int32_t>(), starts.data(), attended.data,
-                          attended.strides[0], static_cast<int32_t>(rows), static_cast<int32_t>(rows), scale,
+                          table.strides[0], lengths.as<int32_t>(), starts.as<int32_t>(), attended.data,
+                          attended.strides[0], static_cast<int32_t>(seqs), static_cast<int32_t>(rows), scale,
                           nullptr};
-        call.out = call_of(attended, py::none(), py::none(), weight(4), "out", weight(5));
+        call.out = call_of(attended, py::none(), py::none(), weight(4), "out", weight(5), scales_of(1));
         add(call.out, before);
         write_to(call.out, middle);
-        call.fc = call_of(middle, weight(6), weight(7), weight(8), "fc", weight(9));
+        call.fc = call_of(middle, weight(6), weight(7), weight(8), "fc", weight(9), scales_of(2));
         call.fc.gelu = true;
         write_to(call.fc, hidden);
-        call.proj = call_of(hidden, py::none(), py::none(), weight(10), "proj", weight(11));
+        call.proj = call_of(hidden, py::none(), py::none(), weight(10), "proj", weight(11), scales_of(3));
         add(call.proj, middle);
         write_to(call.proj, out);
         if (call.out.n != width || call.fc.n != hidden.shape[1] || call.proj.n != width)
@@ -139,6 +153,6 @@ void decode_layers(py::handle x_, const py::list& weights, const py::list& keys,
 void bind_decode(py::module_& module) {
     using namespace bark_fast;
     module.def("decode_layers", &decode_layers, py::arg("x"), py::arg("weights"), py::arg("keys"), py::arg("values"),
-               py::arg("block_table"), py::arg("lengths"), py::arg("slots"), py::arg("out"), py::arg("scale"),
-               py::arg("threads"));
+               py::arg("block_table"), py::arg("lengths"), py::arg("query_starts"), py::arg("slots"), py::arg("out"),
+               py::arg("scale"), py::arg("threads"), py::arg("scales") = py::list());
 }

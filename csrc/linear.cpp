@@ -19,12 +19,13 @@ const PerIsa<LinearKernelTable> kTables = {
 #endif
 };
 
-const LinearKernels* kernels_for(DType dtype) {
+const LinearKernels* kernels_for(const Linear& call) {
 #ifdef BARK_FAST_X86
     // Intel's dot products are slower than fma, see linear_kernels.inl
-    if (dtype == DType::bf16 && chosen_isa() > kAvx512 && !intels_cpu) return &isa_avx512bf16::linear_kernels_bf16;
+    if (call.dtype == DType::bf16 && !call.scales && chosen_isa() > kAvx512 && !intels_cpu)
+        return &isa_avx512bf16::linear_kernels_bf16;
 #endif
-    return &kTables.chosen()[static_cast<int>(dtype)];
+    return &kTables.chosen()[call.scales ? 1 : 0][static_cast<int>(call.dtype)];
 }
 
 // Bytes of weights of one ticket: large beside the cost of taking one and of finding another place in memory, small
@@ -36,8 +37,8 @@ constexpr int64_t kLeastBytes = 64 * 1024;
 }  // namespace
 
 LinearStage::LinearStage(const Linear& call)
-    : call_(call), kernels_(kernels_for(call.dtype)) {
-    const int64_t line = std::max<int64_t>(1, call.k * size_of(call.dtype)), block = kernels_->block(call.rows);
+    : call_(call), kernels_(kernels_for(call)) {
+    const int64_t line = std::max<int64_t>(1, call.k * weight_size(call)), block = kernels_->block(call.rows);
     const int64_t ticket = std::clamp(weight_bytes() / kTickets, kLeastTicket, kMostTicket);
     outputs_ = block * std::max<int64_t>(1, std::min(kMostOutputs, ticket / line) / block);
 }
@@ -45,7 +46,7 @@ LinearStage::LinearStage(const Linear& call)
 int64_t LinearStage::tickets() const { return call_.rows ? (call_.n + outputs_ - 1) / outputs_ : 0; }
 
 Ahead LinearStage::ahead(int64_t ticket) const {
-    const int64_t stride = call_.weight_stride * size_of(call_.dtype);
+    const int64_t stride = call_.weight_stride * weight_size(call_);
     return {static_cast<const char*>(call_.weight) + ticket * outputs_ * stride, stride};
 }
 

@@ -11,7 +11,8 @@ namespace bark_fast {
 
 constexpr int64_t kMostLinearRows = 16;
 
-// out = act(LN(x) weight^T + bias) + residual. Strides in elements; all of one dtype, columns adjacent.
+// out = act(LN(x) weight^T + bias) + residual. Strides in elements; all of one dtype, columns adjacent. With scales the
+// weight is int8, output i's row of it to be multiplied by scales[i].
 struct Linear {
     DType dtype;
     const void* x;  // (rows, k)
@@ -19,6 +20,7 @@ struct Linear {
     const void* norm_weight;  // (k,); null: no LayerNorm
     const void* norm_bias;    // (k,) or null
     const void* weight;       // (n, k)
+    const float* scales;      // (n,) or null
     int64_t weight_stride;
     const void* bias;      // (n,) or null
     const void* residual;  // (rows, n) or null
@@ -28,6 +30,8 @@ struct Linear {
     int64_t rows, n, k;  // rows: at most kMostLinearRows
     bool gelu;
 };
+
+inline int weight_size(const Linear& call) { return call.scales ? 1 : size_of(call.dtype); }
 
 namespace cpu {
 // Each call of a chain may read what those before it wrote. One parallel loop for all of them.

@@ -12,9 +12,10 @@ namespace bark_fast {
 namespace {
 
 void linear(py::handle x_, py::handle norm_weight, py::handle norm_bias, py::handle weight, py::handle bias,
-            py::handle residual, py::handle out, bool gelu, int threads) {
+            py::handle residual, py::handle out, bool gelu, int threads, py::handle scales) {
     const TensorView x = any_rows(x_);
-    Linear call = call_of(x, norm_weight, norm_bias, weight, "weight", bias);
+    Linear call = call_of(x, norm_weight, norm_bias, weight, "weight", bias, scales);
+    if (call.scales) few_rows(x_);
     call.gelu = gelu;
     if (!residual.is_none()) add(call, matrix(residual, "residual", call.dtype, call.rows, call.n));
     write_to(call, out_rows(out, call.dtype, call.rows, call.n));
@@ -51,7 +52,8 @@ void bind_linear(py::module_& module) {
     using namespace bark_fast;
     module.attr("linear_rows") = kMostLinearRows;
     module.def("linear", &linear, py::arg("x"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("weight"),
-               py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("gelu"), py::arg("threads"));
+               py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("gelu"), py::arg("threads"),
+               py::arg("scales") = py::none());
     module.def("mlp", &mlp, py::arg("x"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("fc_weight"),
                py::arg("fc_bias"), py::arg("proj_weight"), py::arg("proj_bias"), py::arg("out"), py::arg("threads"));
 }

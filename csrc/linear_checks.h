@@ -29,11 +29,11 @@ inline const void* vector(pybind11::handle object, const char* name, DType dtype
     return t.data;
 }
 
-// x and weight, and the norm before them; the rest is the caller's.
+// x and weight, and the norm before them; the rest is the caller's. scales: of an int8 weight, else None.
 inline Linear call_of(const TensorView& x, pybind11::handle norm_weight, pybind11::handle norm_bias, pybind11::handle weight_,
-                      const char* weight_name, pybind11::handle bias) {
+                      const char* weight_name, pybind11::handle bias, pybind11::handle scales = pybind11::none()) {
     const DType dtype = x.dtype;
-    const TensorView weight = matrix(weight_, weight_name, dtype, -1, x.shape[1]);
+    const TensorView weight = matrix(weight_, weight_name, scales.is_none() ? dtype : DType::i8, -1, x.shape[1]);
     Linear call{};
     call.dtype = dtype;
     call.x = x.data;
@@ -44,6 +44,7 @@ inline Linear call_of(const TensorView& x, pybind11::handle norm_weight, pybind1
     call.norm_weight = vector(norm_weight, "norm_weight", dtype, call.k);
     call.norm_bias = vector(norm_bias, "norm_bias", dtype, call.k);
     call.weight = weight.data;
+    call.scales = static_cast<const float*>(vector(scales, "scales", DType::f32, call.n));
     call.weight_stride = weight.strides[0];
     call.bias = vector(bias, "bias", dtype, call.n);
     return call;

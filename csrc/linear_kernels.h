@@ -18,7 +18,7 @@ struct LinearKernels {
     int64_t (*block)(int64_t rows);
 };
 
-using LinearKernelTable = LinearKernels[3];  // [f32, f16, bf16]
+using LinearKernelTable = LinearKernels[2][3];  // [weights of the call's dtype, int8][f32, f16, bf16]
 
 namespace isa_portable { extern const LinearKernelTable linear_kernels; }
 #ifdef BARK_FAST_X86

@@ -25,11 +25,26 @@ namespace {
 #include "simd.h"
 #include "rows.inl"
 
+// What rows are packed as. Beside int8 weights they are int16, the largest of a row 32,767: products of two are summed as
+// int32, which takes a third of the instructions of widening to fp32, and a piece of 768 columns is far from its bounds.
+template <class Weight>
+struct PackedAs {
 #if defined(__AVX512BF16__)
-using Packed = Brain;  // of the rows
+    using Type = Brain;
 #else
-using Packed = float;
+    using Type = float;
 #endif
+};
+#if defined(__AVX2__)
+template <>
+struct PackedAs<Byte> {
+    using Type = int16_t;
+};
+#endif
+template <class Weight>
+using Packed = typename PackedAs<Weight>::Type;
+template <class Weight>
+constexpr bool kIntegers = sizeof(Weight) == 1 && sizeof(Packed<Weight>) == 2;
 
 template <int N>
 struct Level {  // of the cache: 3 is the L1 to the compiler, 2 the L2
@@ -51,12 +66,15 @@ constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
 // 16-bit rows so few that memory is all they wait for: AMD's CPUs with AVX-512 follow a line from end to end faster than
-// when told what comes next. There the outputs are computed one by one, and nothing is asked for.
+// when told what comes next. There the outputs are computed one by one, and nothing is asked for. Lines of int8 are so
+// short that several side by side come to their end before the next have arrived: one by one, they are asked for a
+// fixed distance ahead.
 template <class T>
-constexpr int64_t kMostOneByOne = W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed) == 2 ? 2 : 1;
+constexpr int64_t kMostOneByOne = sizeof(T) == 1 ? 4 : W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed<T>) == 2 ? 2 : 1;
+constexpr int64_t kBytesAhead = 2048;
 template <class T>
 BARK_FAST_INLINE bool one_by_one(int64_t rows) {
-    return rows <= kMostOneByOne<T> && !intels_cpu;
+    return rows <= kMostOneByOne<T> && (sizeof(T) == 1 || !intels_cpu);
 }
 
 // Rows are cut into tiles of about the same size.
@@ -67,8 +85,21 @@ BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
 
 BARK_FAST_INLINE int64_t steps_of(int64_t k) { return (k + kStep - 1) / kStep; }
 
+template <class Weight>
+BARK_FAST_INLINE int64_t row_bytes(int64_t k) {
+    return steps_of(k) * kStep * static_cast<int64_t>(sizeof(Packed<Weight>));
+}
+
+// Behind the rows lie, beside int8 weights, the rows' scales and room for a row of floats.
+template <class Weight>
 int64_t packed_bytes(int64_t rows, int64_t k) {
-    return rows * steps_of(k) * kStep * static_cast<int64_t>(sizeof(Packed));
+    const int64_t more = sizeof(Weight) == 1 ? kMostLinearRows + steps_of(k) * kStep : 0;
+    return rows * row_bytes<Weight>(k) + more * static_cast<int64_t>(sizeof(float));
+}
+
+template <class Weight>
+BARK_FAST_INLINE float* row_scales(const void* packed, int64_t rows, int64_t k) {
+    return (float*)((char*)packed + rows * row_bytes<Weight>(k));
 }
 
 template <class T>
@@ -78,7 +109,7 @@ int64_t block(int64_t rows) {
 
 // Rows [row, row + rows) as (step, row, kStep), where `multiply` reads them one after another.
 template <class T>
-BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, Packed* packed) {
+BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, Packed<T>* packed) {
     const int64_t k = call.k;
     const T* weight = static_cast<const T*>(call.norm_weight);
     const T* bias = static_cast<const T*>(call.norm_bias);
@@ -102,13 +133,51 @@ BARK_FAST_INLINE void pack_tile(const Linear& call, int64_t row, int64_t rows, P
     }
 }
 
+// The same beside int8 weights, which lie in their own order: as `T` is loaded 16 bits apart, so are these not.
 template <class T>
-void pack(const Linear& call, void* packed) {
-    Packed* to = static_cast<Packed*>(packed);
+BARK_FAST_INLINE void pack_beside_bytes(const Linear& call, int64_t row, int64_t rows, Packed<Byte>* packed, float* scales,
+                                        float* values) {
+    const int64_t k = call.k, whole = steps_of(k) * kStep;
+    const T* weight = static_cast<const T*>(call.norm_weight);
+    const T* bias = static_cast<const T*>(call.norm_bias);
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* x = static_cast<const T*>(call.x) + (row + r) * call.x_stride;
+        const Norm norm = weight ? norm_of(x, k) : Norm{0, 1};
+        Vec most{};
+        for (int64_t j = 0; j < whole; j += W) {
+            Vec v{};
+            if (j < k) {
+                v = load_some(x + j, k - j);
+                if (weight) {
+                    const Vec shift = bias ? load_some(bias + j, k - j) : Vec{};
+                    v = fma((v - norm.mean) * norm.scale, load_some(weight + j, k - j), shift);
+                }
+            }
+            store(values + j, v);
+            most = larger(most, (Vec)((Bits)v & 0x7fffffffu));
+        }
+        const float largest = max_of(most);
+        float scale = 1;
+        if (kIntegers<Byte>) scale = largest > 0 ? largest / 32767 : 1;
+        scales[r] = scale;
+        for (int64_t j = 0; j < whole; j += W)
+            narrow_to(packed + j / kStep * kStep * rows + r * kStep + j % kStep, load(values + j) * (1 / scale));
+    }
+}
+
+template <class T, class Weight>
+void pack(const Linear& call, void* packed_) {
+    char* const packed = static_cast<char*>(packed_);
     const int64_t tile = tile_rows(call.rows);
     for (int64_t row = 0; row < call.rows; row += tile) {
         const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
-        pack_tile<T>(call, row, rows, to + row * steps_of(call.k) * kStep);
+        auto* to = reinterpret_cast<Packed<Weight>*>(packed + row * row_bytes<Weight>(call.k));
+        if constexpr (sizeof(Weight) == 1) {
+            float* const scales = row_scales<Weight>(packed, call.rows, call.k);
+            pack_beside_bytes<T>(call, row, rows, to, scales + row, scales + kMostLinearRows);
+        } else {
+            pack_tile<T>(call, row, rows, to);
+        }
     }
 }
 
@@ -123,7 +192,7 @@ constexpr bool kMayTurn = W == 16;
 
 // totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it.
 template <int R, int O, class T>
-void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, bool first, Vec* totals) {
+void dots(const Packed<T>* x, const T* const* lines, Fetch ahead, int64_t columns, bool first, Vec* totals) {
     constexpr int64_t kBytes = kStep * static_cast<int64_t>(sizeof(T));
     Vec sums[R * O];
     const T* w[O];
@@ -150,14 +219,21 @@ void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, 
                 for (int o = 0; o < O; ++o) sums[r * O + o] = add(weights[o], columns, sums[r * O + o]);
             }
         };
-#if defined(__AVX512BF16__)
-        const auto pairs = [](const Brain* p) __attribute__((always_inline)) { return (Vec)load_bits(p); };
-        part(pairs, pairs, fma_pairs);
-#else
-        const auto half = [&](auto which) __attribute__((always_inline)) {
+        [[maybe_unused]] const auto pairs = [](const auto* p) __attribute__((always_inline)) { return (Vec)load_bits(p); };
+        [[maybe_unused]] const auto half = [&](auto which) __attribute__((always_inline)) {
             part([&](const T* p) __attribute__((always_inline)) { return half_step(p, which); },
-                 [&](const float* p) __attribute__((always_inline)) { return load(p + which.value * W); }, fma);
+                 [&](const Packed<T>* p) __attribute__((always_inline)) { return load(p + which.value * W); }, fma);
         };
+#if defined(__AVX512BF16__)
+        part(pairs, pairs, fma_pairs);
+#elif defined(__AVX2__)
+        if constexpr (kIntegers<T>) {
+            part([](const T* p) __attribute__((always_inline)) { return widen_bytes(p); }, pairs, add_products);
+        } else {
+            half(Part<0>());
+            half(Part<1>());
+        }
+#else
         half(Part<0>());
         half(Part<1>());
 #endif
@@ -187,7 +263,7 @@ void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, 
         else
             fetching(level, Part<0>());
     };
-    if (ahead.lines && sizeof(T) == 2 && fetch_near) {
+    if (ahead.lines && sizeof(T) <= 2 && fetch_near) {
         at_level(Level<3>());
     } else if (ahead.lines) {
         at_level(Level<2>());
@@ -200,11 +276,14 @@ void dots(const Packed* x, const T* const* lines, Fetch ahead, int64_t columns, 
         multiply(whole, [&](int o) __attribute__((always_inline)) { return ends[o]; });
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < R * O; ++i) totals[i] = first ? sums[i] : totals[i] + sums[i];
+    for (int i = 0; i < R * O; ++i) {
+        if constexpr (kIntegers<T>) sums[i] = from_integers(sums[i]);
+        totals[i] = first ? sums[i] : totals[i] + sums[i];
+    }
 }
 
 template <class T>
-using Dots = void (*)(const Packed*, const T* const*, Fetch, int64_t, bool, Vec*);
+using Dots = void (*)(const Packed<T>*, const T* const*, Fetch, int64_t, bool, Vec*);
 
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
@@ -217,13 +296,14 @@ BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
 
 // y -> out of one row: bias, GELU, residual and the one rounding.
 template <class T>
-BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int64_t count, const float* y) {
+BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int64_t count, const float* y, float scale) {
     const T* bias = call.bias ? static_cast<const T*>(call.bias) + first : nullptr;
     const T* residual =
         call.residual ? static_cast<const T*>(call.residual) + row * call.residual_stride + first : nullptr;
     T* out = static_cast<T*>(call.out) + row * call.out_stride + first;
     for (int64_t i = 0; i < count; i += W) {
         Vec v = load(y + i);
+        if (call.scales) v *= load_some(call.scales + first + i, count - i) * scale;
         if (bias) v += load_some(bias + i, count - i);
         if (call.gelu) v = gelu(v);
         if (residual) v += load_some(residual + i, count - i);
@@ -231,19 +311,19 @@ BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int
     }
 }
 
-template <int O, class T>
-BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t first, int64_t last, Ahead next) {
-    const T* weight = static_cast<const T*>(call.weight);
+template <int O, class T, class Weight>
+BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed<Weight>* x, int64_t first, int64_t last, Ahead next) {
+    const Weight* weight = static_cast<const Weight*>(call.weight);
     const int64_t tile = tile_rows(call.rows), row_elements = steps_of(call.k) * kStep;
     const int64_t blocks = (last - first + O - 1) / O;
-    const int64_t pieces = (call.k + kMostPiece<T> - 1) / kMostPiece<T>;
+    const int64_t pieces = (call.k + kMostPiece<Weight> - 1) / kMostPiece<Weight>;
     const int64_t piece = pieces ? (steps_of(call.k) + pieces - 1) / pieces * kStep : 0;
     Vec totals[kMostLinearRows * kLine];  // (block, row, O)
     if (!pieces)
         for (Vec& total : totals) total = Vec{};
     // several tiles of rows do not fit in the L1 for all columns: one piece of them is taken through all blocks
     const bool by_piece = call.rows > tile, in_turns = kMayTurn && !intels_cpu;
-    const auto lines_of = [&](int64_t at, const T** lines) __attribute__((always_inline)) {
+    const auto lines_of = [&](int64_t at, const Weight** lines) __attribute__((always_inline)) {
         const int64_t b = by_piece ? at % blocks : at / pieces, p = by_piece ? at / blocks : at % pieces;
         for (int o = 0; o < O; ++o) {
             const int64_t line = first + b * O + o < last ? first + b * O + o : last - 1;
@@ -251,8 +331,8 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
         }
         return b * pieces + p;
     };
-    const T* lines[O];
-    const T* following[O];
+    const Weight* lines[O];
+    const Weight* following[O];
     int64_t at = 0, place = 0;
     if (pieces) {
         place = lines_of(0, lines);
@@ -267,12 +347,13 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
                                                            : next.first + o * next.stride;
         const int64_t b = place / pieces, p = place % pieces, from = p * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
-        Fetch fetch{one_by_one<T>(call.rows) ? nullptr : ahead, 1, 0};
+        if (sizeof(Weight) == 1 && O == 1) ahead[0] = reinterpret_cast<const char*>(lines[0]) + kBytesAhead;
+        Fetch fetch{sizeof(Weight) > 1 && one_by_one<Weight>(call.rows) ? nullptr : ahead, 1, 0};
         if (in_turns) fetch.every = static_cast<int>((call.rows + tile - 1) / tile);
         for (int64_t row = 0; row < call.rows; row += tile, ++fetch.turn) {
             if (row && !in_turns) fetch.lines = nullptr;
             const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
-            dots_for<O, T>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, p == 0,
+            dots_for<O, Weight>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, p == 0,
                                  totals + (b * call.rows + row) * O);
         }
         for (int o = 0; o < O; ++o) lines[o] = following[o];
@@ -291,30 +372,36 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed* x, int64_t f
         for (int64_t row = 0; row < call.rows; ++row, sum += O)
 #pragma GCC unroll 4
             for (int o = 0; o < O; ++o) y[row * kLine + b * O + o] = sum[o];
-    for (int64_t row = 0; row < call.rows; ++row) finish<T>(call, row, first, last - first, y + row * kLine);
+    const float* const scales = sizeof(Weight) == 1 ? row_scales<Weight>(x, call.rows, call.k) : nullptr;
+    for (int64_t row = 0; row < call.rows; ++row)
+        finish<T>(call, row, first, last - first, y + row * kLine, scales ? scales[row] : 1);
 }
 
-template <class T>
+template <class T, class Weight>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
-    const Packed* packed = static_cast<const Packed*>(packed_);
+    const auto* packed = static_cast<const Packed<Weight>*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
-    if (one_by_one<T>(call.rows))
-        multiply_by<1, T>(call, packed, first, last, next);
+    if (one_by_one<Weight>(call.rows))
+        multiply_by<1, T, Weight>(call, packed, first, last, next);
     else if (outputs_beside(tile_rows(call.rows)) == kFew)
-        multiply_by<kFew, T>(call, packed, first, last, next);
+        multiply_by<kFew, T, Weight>(call, packed, first, last, next);
     else
-        multiply_by<kMany, T>(call, packed, first, last, next);
+        multiply_by<kMany, T, Weight>(call, packed, first, last, next);
 }
 
 }  // namespace
 
-#define BARK_FAST_LINEAR(T) {packed_bytes, pack<T>, multiply<T>, block<T>}
+#define BARK_FAST_LINEAR(T, Weight) \
+    {packed_bytes<Weight>, pack<T, Weight>, multiply<T, Weight>, block<Weight>}
 #if defined(__AVX512BF16__)
 extern const LinearKernels linear_kernels_bf16;
-const LinearKernels linear_kernels_bf16 = BARK_FAST_LINEAR(Brain);
+const LinearKernels linear_kernels_bf16 = BARK_FAST_LINEAR(Brain, Brain);
 #else
 extern const LinearKernelTable linear_kernels;
-const LinearKernelTable linear_kernels = {BARK_FAST_LINEAR(float), BARK_FAST_LINEAR(Half), BARK_FAST_LINEAR(Brain)};
+const LinearKernelTable linear_kernels = {
+    {BARK_FAST_LINEAR(float, float), BARK_FAST_LINEAR(Half, Half), BARK_FAST_LINEAR(Brain, Brain)},
+    {BARK_FAST_LINEAR(float, Byte), BARK_FAST_LINEAR(Half, Byte), BARK_FAST_LINEAR(Brain, Byte)},
+};
 #endif
 
 }  // namespace BARK_FAST_ISA

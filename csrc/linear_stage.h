@@ -18,7 +18,7 @@ public:
     void begin(char* room) const override { kernels_->pack(call_, room); }
     void run(int64_t ticket, int64_t next, Ahead ahead, char* room) const override;
 
-    int64_t weight_bytes() const { return call_.n * call_.k * size_of(call_.dtype); }
+    int64_t weight_bytes() const { return call_.n * call_.k * weight_size(call_); }
 
 private:
     Linear call_;

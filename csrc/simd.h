@@ -88,6 +88,9 @@ struct Half {
 struct Brain {
     uint16_t bits;
 };
+struct Byte {  // of quantised weights, which are read only
+    int8_t bits;
+};
 
 BARK_FAST_INLINE Vec widen_half(const Half* p) {
 #if defined(__AVX512F__)
@@ -122,6 +125,56 @@ template <int N>
 BARK_FAST_INLINE Vec half_step(const Brain* p, Part<N>) {
     return (Vec)(N ? load_bits(p) & 0xffff0000u : load_bits(p) << 16);
 }
+
+template <int N>
+BARK_FAST_INLINE Vec half_step(const Byte* p, Part<N>) {
+    p += N * W;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    Vec v;
+    for (int i = 0; i < W; ++i) v[i] = p[i].bits;
+    return v;
+#endif
+}
+
+#if defined(__AVX2__)
+// 2W bytes as int16; c and the products of the two int16 of each lane, as int32; and these as floats.
+BARK_FAST_INLINE Vec widen_bytes(const Byte* p) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+    return (Vec)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+BARK_FAST_INLINE Vec add_products(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_add_epi32((__m512i)c, _mm512_madd_epi16((__m512i)a, (__m512i)b));
+#else
+    return (Vec)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+#endif
+}
+BARK_FAST_INLINE Vec from_integers(Vec v) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_cvtepi32_ps((__m512i)v);
+#else
+    return (Vec)_mm256_cvtepi32_ps((__m256i)v);
+#endif
+}
+// W floats to the nearest int16, which they are near enough to.
+BARK_FAST_INLINE void narrow_to(int16_t* p, Vec v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)v)));
+#else
+    const __m256i whole = _mm256_cvtps_epi32((__m256)v);
+    const __m128i low = _mm256_castsi256_si128(whole), high = _mm256_extracti128_si256(whole, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+#endif
+}
+#endif
+BARK_FAST_INLINE void narrow_to(float* p, Vec v) { store(p, v); }
 
 template <class T>
 BARK_FAST_INLINE void load2(const T* p, Vec& a, Vec& b) {

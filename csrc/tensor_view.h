@@ -78,11 +78,12 @@ inline DType dtype_of(dlpack::DataType type, const char* name) {
         if (type.code == dlpack::kFloat && type.bits == 32) return DType::f32;
         if (type.code == dlpack::kFloat && type.bits == 16) return DType::f16;
         if (type.code == dlpack::kBfloat && type.bits == 16) return DType::bf16;
+        if (type.code == dlpack::kInt && type.bits == 8) return DType::i8;
         if (type.code == dlpack::kInt && type.bits == 32) return DType::i32;
         if (type.code == dlpack::kInt && type.bits == 64) return DType::i64;
     }
     throw std::invalid_argument(std::string(name) +
-                                " has an unsupported dtype; expected float32, float16, bfloat16, int32 or int64");
+                                " has an unsupported dtype; expected float32, float16, bfloat16, int8, int32 or int64");
 }
 
 inline TensorView view_of(const dlpack::Tensor& source, const char* name) {

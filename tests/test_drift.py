@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from functools import partial
 
 import numpy as np
@@ -17,7 +18,7 @@ from bark_fast.config import GPTConfig
 from bark_fast.engine import decode_loop
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.kv_pool import KVPool, StepBatch
-from bark_fast.engine.runner import EagerRunner
+from bark_fast.engine.runner import EagerRunner, Head
 from bark_fast.engine.scheduler import Limits, Scheduler, Utterance
 from bark_fast.engine.sequence import Sequence
 from bark_fast.modules.gpt import GPT
@@ -72,9 +73,9 @@ class Forced(EagerRunner):
         """Logits (steps, vocabulary)."""
         return torch.stack(self.logits)
 
-    def _draw(self, gpt: GPT, hidden: Tensor, sequences: list[Sequence]) -> list[int]:  # type: ignore[override]
+    def _draw(self, gpt: Head, hidden: Tensor, draws: Items[tuple[Sequence, int]]) -> list[int]:
         self.logits += gpt.logits(hidden, 0, VOCAB)
-        return [int(IDS[0, PROMPT + sequence.step]) for sequence in sequences]
+        return [int(IDS[0, PROMPT + step]) for _, step in draws]
 
 
 class ForcedBursts(Forced, GraphRunner):
@@ -201,7 +202,5 @@ attend = KVPool.attend
 )
 def test_a_cache_that_loses_precision_is_noticed(weights, judged, suno_bark, monkeypatch, mutation, complaint):
     monkeypatch.setattr(KVPool, "attend", mutation)
-    monkeypatch.setattr(
-        KVPool, "one_row_each", lambda *_: None
-    )  # all layers in one call would not come by there
+    monkeypatch.setattr(KVPool, "paged_rows", lambda *_: None)  # all layers in one call would not come by there
     assert any(one.startswith(complaint) for one in judged(by_engine(weights, suno_bark)))

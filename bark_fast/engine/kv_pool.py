@@ -104,11 +104,12 @@ class KVPool:
             paged,
         )
 
-    def one_row_each(self, batch: StepBatch) -> PagedRows | None:
-        """For a step of one row a sequence, on the CPU: what `GPT.decode` wants."""
-        if self.device.type != "cpu" or any(count != 1 for count in batch.counts):
+    def paged_rows(self, batch: StepBatch) -> PagedRows | None:
+        """For a step of a few rows a sequence, on the CPU: what `GPT.decode` wants."""
+        if self.device.type != "cpu" or batch.paged != len(batch.counts):
             return None
-        return PagedRows(self.keys, self.values, batch.block_tables, batch.lengths, batch.slots)
+        tables = batch.block_tables, batch.lengths, batch.query_starts
+        return PagedRows(self.keys, self.values, *tables, batch.slots)
 
     def attend(self, batch: StepBatch, layer: int, qkv: Tensor) -> Tensor:
         """Store keys and values of `qkv` (rows, 3 * n_embd) and attend: (rows, n_embd), heads merged."""

@@ -80,6 +80,14 @@ class Runner(Protocol):
         ...
 
 
+class Head(Protocol):
+    """Of a model: from hidden states to logits."""
+
+    def logits(self, hidden: Tensor, low: int, high: int) -> Tensor:
+        """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low)."""
+        ...
+
+
 class EagerRunner:
     """Plain PyTorch, one operation at a time, on any device. Keys and values live in pages.
 
@@ -176,28 +184,31 @@ class EagerRunner:
         wanted = None
         if len(drawing) < len(ids):
             wanted = sent(torch.tensor(drawing, dtype=torch.int64, device="cpu"), pool.device)
-        if rows := pool.one_row_each(reserved):
+        if rows := pool.paged_rows(reserved):
             hidden = gpt.decode(tokens_fed, places, rows, merged)
             hidden = hidden if wanted is None else hidden[wanted]
         else:
             hidden = gpt(tokens_fed, places, partial(pool.attend, reserved), merged, wanted)
-        drawn = iter(self._draw(gpt, hidden, [seq for seq in batch if seq.draws]))
+        drawn = iter(self._draw(gpt, hidden, [(seq, seq.step) for seq in batch if seq.draws]))
         tokens: list[list[int]] = [[] for _ in sequences]
         for row, seq in zip(order, batch, strict=True):
             if seq.draws:
                 tokens[row] = [next(drawn)]
         return tokens
 
-    def _draw(self, gpt: GPT, hidden: Tensor, sequences: Items[Sequence]) -> list[int]:
-        """One token a row. Rows of one window share a pass of the head, and those of one rule a draw."""
-        tokens = [INVALID_TOKEN] * len(sequences)
-        for (low, high), rows in _grouped(s.work.rule.window(s.step) for s in sequences).items():
-            logits = gpt.logits(hidden if len(rows) == len(sequences) else hidden[rows], low, high)
-            for rule, places in _grouped(sequences[row].work.rule for row in rows).items():
+    def _draw(self, gpt: Head, hidden: Tensor, draws: Items[tuple[Sequence, int]]) -> list[int]:
+        """One token a row, of this step of its sequence.
+
+        Rows of one window share a pass of the head, and those of one rule a draw.
+        """
+        tokens = [INVALID_TOKEN] * len(draws)
+        for (low, high), rows in _grouped(seq.work.rule.window(step) for seq, step in draws).items():
+            logits = gpt.logits(hidden if len(rows) == len(draws) else hidden[rows], low, high)
+            for rule, places in _grouped(draws[row][0].work.rule for row in rows).items():
                 drawing = [rows[place] for place in places]
                 noise = None
                 if not rule.greedy:
-                    drawn = torch.stack([self._noise(sequences[row]) for row in drawing])
+                    drawn = torch.stack([self._noise(*draws[row]) for row in drawing])
                     noise = sent(drawn, logits.device)
                 scores = logits if len(places) == len(rows) else logits[places]
                 eos = None if rule.eos_token is None else rule.eos_token - low
@@ -206,8 +217,8 @@ class EagerRunner:
         return tokens
 
     @staticmethod
-    def _noise(seq: Sequence) -> Tensor:
-        return seq.noise.token(seq.work.rule, seq.work.chunk, seq.stream, seq.step)
+    def _noise(seq: Sequence, step: int) -> Tensor:
+        return seq.noise.token(seq.work.rule, seq.work.chunk, seq.stream, step)
 
     @torch.inference_mode()
     def fine(self, passes: Items[FinePass], noise: Items[NoiseSource]) -> list[IntArray]:

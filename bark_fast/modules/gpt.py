@@ -69,10 +69,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """As `forward` for one row a sequence whose keys and values lie in pages, in fewer calls."""
         x = embed(ids, positions, self.wte.weight, self.wpe.weight, extra_ids)
-        return decode_layers(x, self._weights, cache)
+        return decode_layers(x, self.layer_weights, cache)
 
     @cached_property
-    def _weights(self) -> LayerWeights:
+    def layer_weights(self) -> LayerWeights:
         # gathering 12 tensors a layer takes longer than to check them; parameters are changed, never replaced
         return LayerWeights(tensor for layer in self.layers for tensor in cast(Layer, layer).weights())
 

@@ -1,4 +1,4 @@
-"""All layers of a decode step in one call: one new row a sequence, keys and values in pages.
+"""All layers of a decode step in one call: a few new rows a sequence, keys and values in pages.
 
 On the CPU a layer of a small batch is some hundred microseconds of reading weights, beside which entering and
 leaving five operations shows. The extension takes all layers in one parallel region; elsewhere, and for more
@@ -21,10 +21,17 @@ from bark_fast.ops.norm_linear import extension_for, has_few_rows, linear_residu
 
 WEIGHTS = 12
 """Tensors of a layer: weight and bias of ln_1, qkv, out, ln_2, fc and proj; a bias may be None."""
+MATRICES = (2, 4, 8, 10)
+"""Which of them are matrices."""
 
 
 class LayerWeights(list[Tensor | None]):
     """`WEIGHTS` tensors of each layer, one layer after another, as they lie from now on."""
+
+    def matrices(self) -> list[Tensor]:
+        """The four matrices of each layer."""
+        places = (layer + matrix for layer in range(0, len(self), WEIGHTS) for matrix in MATRICES)
+        return [weight for place in places if (weight := self[place]) is not None]
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
@@ -37,22 +44,24 @@ class LayerWeights(list[Tensor | None]):
 class PagedRows:
     """Where the new keys and values of a step go and what its rows attend to, in all layers.
 
-    keys, values: per layer (num_pages, n_head, page_size, head_dim). block_table: (rows, columns) int32.
-    lengths: (rows,) int32, the new key included. slots: (rows,) int64, of the last key, or -1 to store none.
+    keys, values: per layer (num_pages, n_head, page_size, head_dim). block_table: (sequences, columns) int32.
+    lengths: (sequences,) int32, new keys included. query_starts: (sequences + 1,) int32, their first rows;
+    each has at most 8. slots: (rows,) int64, of the rows' own keys, or -1 to store none.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     block_table: Tensor
     lengths: Tensor
+    query_starts: Tensor
     slots: Tensor
 
 
 def decode_layers(x: Tensor, weights: LayerWeights, cache: PagedRows) -> Tensor:
     """Each layer x + out(attend(qkv(LN(x)))), then x + proj(gelu(fc(LN(x)))): (rows, n_embd), a new tensor.
 
-    x: (rows, n_embd), one row a sequence. weights: of x's dtype. Errors are those of the operations: what does
-    not fit raises `InvalidInput` or ValueError.
+    x: (rows, n_embd), those of a sequence next to each other: each sees the keys up to its own. weights: of
+    x's dtype. Errors are those of the operations: what does not fit raises `InvalidInput` or ValueError.
     """
     head_dim = cache.keys[0].shape[3]
     x = rows_of(x)
@@ -61,17 +70,23 @@ def decode_layers(x: Tensor, weights: LayerWeights, cache: PagedRows) -> Tensor:
         out = x.new_empty(x.shape)
         scale = head_dim**-0.5
         module.decode_layers(
-            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.slots, out, scale,
-            torch.get_num_threads(),
+            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.query_starts,
+            cache.slots, out, scale, torch.get_num_threads(),
         )  # fmt: skip
         return out
-    starts = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         parts: Any = weights[layer * WEIGHTS : (layer + 1) * WEIGHTS]
         ln_1, ln_1_bias, qkv, qkv_bias, out, out_bias, *mlp = parts
         projected = norm_linear(x, ln_1, ln_1_bias, qkv, qkv_bias)
         seen = paged_kv.append_attention(
-            projected, keys, values, cache.block_table, cache.lengths, starts, cache.slots, torch.empty_like(x)
+            projected,
+            keys,
+            values,
+            cache.block_table,
+            cache.lengths,
+            cache.query_starts,
+            cache.slots,
+            torch.empty_like(x),
         )
         x = linear_residual(seen, out, x, out_bias)
         x = layernorm_gelu_mlp(x, *mlp)

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "../flash.h"
@@ -75,6 +76,45 @@ void check(int64_t rows, int64_t n, int64_t k, int threads) {
                 size += std::fabs(double{hidden[r * n + j]} * proj[i * n + j]);
             }
             expect(std::fabs(out[r * k + i] - sum) <= 1e-6 * (1 + size), "product and residual");
+        }
+    }
+}
+
+// Weights in int8, each line of them with a scale.
+void check_bytes(int64_t rows, int64_t n, int64_t k, int threads) {
+    const auto x = draw(rows * k), norm = draw(k), bias = draw(n), scales = draw(n);
+    std::vector<int8_t> weight(n * k);
+    for (int8_t& one : weight) one = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
+    std::vector<float> out(rows * n);
+    Linear call{};
+    call.dtype = DType::f32;
+    call.x = x.data();
+    call.x_stride = call.weight_stride = call.k = k;
+    call.norm_weight = norm.data();
+    call.weight = weight.data();
+    call.scales = scales.data();
+    call.bias = bias.data();
+    call.out = out.data();
+    call.out_stride = call.n = n;
+    call.rows = rows;
+    cpu::linear_chain(&call, 1, threads);
+    for (int64_t r = 0; r < rows; ++r) {
+        double mean = 0, square = 0, most = 0;
+        for (int64_t j = 0; j < k; ++j) mean += x[r * k + j] / static_cast<double>(k);
+        for (int64_t j = 0; j < k; ++j) square += std::pow(x[r * k + j] - mean, 2) / static_cast<double>(k);
+        std::vector<double> normed(k);
+        for (int64_t j = 0; j < k; ++j) {
+            normed[j] = (x[r * k + j] - mean) / std::sqrt(square + 1e-5) * norm[j];
+            most = std::max(most, std::fabs(normed[j]));
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            double sum = 0, size = 0;
+            for (int64_t j = 0; j < k; ++j) {
+                sum += normed[j] * weight[i * k + j];
+                size += std::fabs(normed[j] * weight[i * k + j]) + most / 32767 * std::abs(int{weight[i * k + j]});
+            }
+            expect(std::fabs(out[r * n + i] - (sum * scales[i] + bias[i])) <= 1e-4 * (1 + size * std::fabs(scales[i])),
+                   "product of int8");
         }
     }
 }
@@ -183,7 +223,7 @@ int main() {
     for (const int threads : {1, 2, 5})
         for (int64_t rows = 1; rows <= kMostLinearRows; ++rows)
             for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {67, 530}, {300, 96}})
-                check(rows, n, k, threads);
+                for (const auto run : {check, check_bytes}) run(rows, n, k, threads);
     for (const int threads : {1, 5}) {
         for (const int64_t rows : {17, 31, 65, 130})
             for (const auto& [n, k] : {std::pair<int64_t, int64_t>{1, 1}, {7, 33}, {130, 65}, {53, 300}}) {

@@ -76,7 +76,7 @@ def make(rows: int, dtype: torch.dtype, layers: int = 3) -> tuple[Tensor, list[T
                 stored[int(pages[t // PAGE]), :, t % PAGE] = draw(HEADS, HEAD_DIM)
     cache = PagedRows(
         [k.to(dtype) for k in keys], [v.to(dtype) for v in values], table,
-        torch.tensor(lengths, dtype=torch.int32), slots,
+        torch.tensor(lengths, dtype=torch.int32), torch.arange(rows + 1, dtype=torch.int32), slots,
     )  # fmt: skip
     return draw(rows, WIDTH).to(dtype), LayerWeights(weights), cache
 
@@ -152,8 +152,8 @@ def test_a_tensor_without_memory_is_refused() -> None:
     weights[2] = fake
     with pytest.raises(ValueError, match="has no memory of its own"):
         C.decode_layers(
-            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.slots,
-            torch.empty_like(x), 1.0, 1,
+            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.query_starts,
+            cache.slots, torch.empty_like(x), 1.0, 1,
         )  # fmt: skip
 
 
@@ -210,9 +210,53 @@ def test_a_row_is_the_same_to_the_bit_whoever_runs_beside_it(
             copied(cache),
             block_table=cache.block_table[rows],
             lengths=cache.lengths[rows],
+            query_starts=cache.query_starts[: rows.stop - rows.start + 1],
             slots=cache.slots[rows],
         )
         assert torch.equal(decode_layers(x[rows], weights, some), whole[rows])
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[1, 1], [4, 1, 3], [8, 8], [2, 1, 1, 1, 1, 1, 1, 8]], ids=str)
+def test_rows_of_one_sequence_are_what_they_are_one_after_another(
+    isa: str, dtype: torch.dtype, counts: list[int]
+) -> None:
+    """To the bit, by all that computes a row as if it were alone; also where a page begins between them."""
+    seqs, rows = len(counts), sum(counts)
+    x, weights, cache = make(seqs, dtype)
+    x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    columns, pages = 64, cache.keys[0].shape[0]
+    table = torch.arange(seqs * columns, dtype=torch.int32).view(seqs, columns)
+    table[:, : cache.block_table.shape[1]] = cache.block_table  # and pages of NaN behind them
+    table[table < 0] = pages
+    room = torch.full((seqs * columns, HEADS, PAGE, HEAD_DIM), torch.nan, dtype=dtype)
+    table[table >= pages] = pages + torch.arange(int((table >= pages).sum()), dtype=torch.int32)
+    keys, values = ([torch.cat([one, room]) for one in kind] for kind in (cache.keys, cache.values))
+    before = cache.lengths - 1  # its last key is among the new ones
+    starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    places = [(seq, int(before[seq]) + key) for seq, count in enumerate(counts) for key in range(count)]
+    slots = torch.tensor([int(table[seq, at // PAGE]) * PAGE + at % PAGE for seq, at in places])
+    lengths = before + torch.tensor(counts, dtype=torch.int32)
+    together = PagedRows(keys, values, table, lengths, starts, slots)
+    apart = copied(together)
+    got = decode_layers(x, weights, together)
+    for row, (seq, at) in enumerate(places):
+        one = replace(
+            apart,
+            block_table=table[seq : seq + 1],
+            lengths=torch.tensor([at + 1], dtype=torch.int32),
+            query_starts=torch.tensor([0, 1], dtype=torch.int32),
+            slots=slots[row : row + 1],
+        )
+        alone = decode_layers(x[row : row + 1], weights, one)
+        if isa == "plain torch":
+            assert torch.allclose(got[row : row + 1], alone, rtol=0.02, atol=0.02 * float(alone.abs().max()))
+        else:
+            assert torch.equal(got[row : row + 1], alone), row
+    if isa != "plain torch":
+        for stored, also in zip((*together.keys, *together.values), (*apart.keys, *apart.values), strict=True):
+            assert torch.equal(stored.nan_to_num(7.0), also.nan_to_num(7.0))
 
 
 @needs_compiled
@@ -233,8 +277,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "weights missing": ({"weights": 35}, "35 weights, 3 keys and 3 values"),
     "slot of another row": (
         {"slots": torch.tensor([16, 16])},
-        r"slots\[\d\] is 16; expected \d+, the slot of the last",
+        r"slots\[\d\] is 16; expected \d+, the slot of its key",
     ),
+    "too many rows": (
+        {
+            "x": torch.zeros(9, WIDTH),
+            "query_starts": torch.tensor([0, 9, 9], dtype=torch.int32),
+            "slots": torch.full((9,), -1),
+        },
+        r"rows of sequence\[0\] is 9; expected a value in \[0, 9\)",
+    ),
+    "more rows than keys": (
+        {
+            "x": torch.zeros(3, WIDTH),
+            "query_starts": torch.tensor([0, 2, 3], dtype=torch.int32),
+            "slots": torch.full((3,), -1),
+        },
+        r"lengths\[0\] is 1; expected a value in \[2,",
+    ),
+    "scales missing": ({"scales": [torch.ones(1)]}, "1 scales; expected none, or 4 of each layer"),
+    "matrices that are not int8": ({"scales": [torch.ones(1)] * 12}, "qkv is float32; expected int8"),
     "no keys": ({"lengths": torch.tensor([0, 16], dtype=torch.int32)}, r"lengths\[0\] is 0"),
     "page out of range": ({"block_table": torch.full((2, 1), 9, dtype=torch.int32)}, r"block_table\[0\] is 9"),
     "dtype": ({"x": torch.zeros(2, WIDTH, dtype=torch.float16)}, "is float32; expected float16"),

@@ -215,7 +215,8 @@ def test_layers_of_many_sequences_go_one_after_another(monkeypatch: pytest.Monke
         table = torch.arange(rows, dtype=torch.int32)[:, None]
         lengths = torch.ones(rows, dtype=torch.int32)
         pages = [torch.zeros(rows, 1, 16, width) for _ in range(2)]
-        return PagedRows(pages[:1], pages[1:], table, lengths, torch.arange(rows) * 16)
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        return PagedRows(pages[:1], pages[1:], table, lengths, starts, torch.arange(rows) * 16)
 
     got = decode_layers(x, weights, cache())
     alone = torch.cat(
@@ -234,5 +235,6 @@ def cache_of(cache: PagedRows, first: int, last: int) -> PagedRows:
         cache.values,
         cache.block_table[first:last],
         cache.lengths[first:last],
+        cache.query_starts[: last - first + 1],
         cache.slots[first:last],
     )
