@@ -54,7 +54,7 @@ def ms_a_token(audio: Audio, stage: str) -> float:
 
 def share_right(bark: Bark, stage: str) -> float | str:
     """Of the last guesses; empty where none were made."""
-    if not isinstance(bark.runner, SpeculativeRunner) or not bark.runner.drafts.get(stage):
+    if not isinstance(bark.runner, SpeculativeRunner):
         return ""
     return bark.runner.odds[stage].right
 

@@ -23,9 +23,9 @@ const Kernels& kernels_for(DType dtype, int32_t head_dim) {
     return kTables.chosen()[static_cast<int>(dtype)][width];
 }
 
-// Below this many keys a part costs more to join than it gains.
-constexpr int32_t kLeastPart = 256;
-constexpr int32_t kPartGrain = 128;
+// Keys of a part: fewer cost more to join than they gain. They begin at the same keys whatever the context's length, so
+// that the sums of a row are the same alone and beside later rows of its sequence.
+constexpr int32_t kPart = 256;
 constexpr int kUnitsPerThread = 4;
 constexpr int64_t kMostUnits = 4;
 
@@ -48,11 +48,8 @@ void AttentionPlan::make(const Attention& call, int threads) {
     }
     for (Job& job : jobs) {
         // as if the sequence were alone: a row's sums must not depend on its neighbours
-        const int64_t wanted = int64_t{job.keys} * call.pages.n_head / (int64_t{threads} * kUnitsPerThread) + 1;
-        if (threads > 1 && job.keys > wanted && job.keys >= 2 * kLeastPart) {
-            const int64_t parts = (job.keys + wanted - 1) / wanted, most = job.keys / kLeastPart;
-            job.parts = static_cast<int32_t>(parts < most ? parts : most);
-        }
+        if (threads > 1 && int64_t{threads} * kUnitsPerThread > call.pages.n_head)
+            job.parts = std::max(1, (job.keys + kPart - 1) / kPart);
         job.first_unit = units;
         job.first_partial = floats;
         units += int64_t{call.pages.n_head} * job.parts;
@@ -93,8 +90,8 @@ Unit AttentionStage::unit_at(const AttentionPlan::Job& job, int64_t index) const
     const int32_t head = static_cast<int32_t>(place / job.parts), part = static_cast<int32_t>(place % job.parts);
     Unit unit{job.seq, job.row, job.rows, head, 0, job.keys, nullptr, 0, nullptr};
     if (job.parts > 1) {
-        unit.first_key = part_start(job.keys, job.parts, part, kPartGrain);
-        unit.last_key = part_start(job.keys, job.parts, part + 1, kPartGrain);
+        unit.first_key = part * kPart;
+        unit.last_key = std::min(unit.first_key + kPart, job.keys);
         unit.partial_stride = partial_size(call_.pages.head_dim);
         unit.partial = partials_of(job, head) + part * job.rows * unit.partial_stride;
     }
@@ -125,8 +122,10 @@ void AttentionStage::run(int64_t ticket, int64_t next_ticket, Ahead, char*) cons
             next = unit_at(*next_job, following);
             unit.next = &next;
         }
-        if (append_ && unit.last_key == job->keys)  // the rows' own keys are of the last part: it is longer than a tile
-            for (int32_t row = unit.row; row < unit.row + unit.rows; ++row) append_head(*append_, row, unit.head);
+        for (int32_t row = unit.row; append_ && row < unit.row + unit.rows; ++row) {
+            const int32_t key = job->keys - (unit.row + unit.rows - row);  // the row's own
+            if (unit.first_key <= key && key < unit.last_key) append_head(*append_, row, unit.head);
+        }
         kernels_->attend(call_, unit);
         if (job->parts > 1) finish(*job, unit.head);
         unit = next;

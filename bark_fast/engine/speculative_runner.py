@@ -96,11 +96,6 @@ class SpeculativeRunner(EagerRunner):
     least_bytes = LEAST_BYTES
 
     @cached_property
-    def drafts(self) -> dict[str, DraftGPT | None]:
-        """Of each model that decodes where a draft can, made as it is first used; None where it cannot."""
-        return {}
-
-    @cached_property
     def odds(self) -> dict[str, Odds]:
         """Of each model."""
         return {name: Odds() for name in self.models}
@@ -138,13 +133,11 @@ class SpeculativeRunner(EagerRunner):
         return most if fits else none
 
     def _draft_of(self, model: str) -> DraftGPT | None:
-        if preferred() != "auto":
+        gpt, on_cpu = self.models[model], self.pools[model].device.type == "cpu"
+        gains = self.gains_from_a_draft(gpt.config, self.dtype)
+        if preferred() != "auto" or not on_cpu or self.offloader is not None or not gains:
             return None
-        if model not in self.drafts:
-            gpt = self.models[model]
-            gains = self.offloader is None and self.gains_from_a_draft(gpt.config, self.dtype)
-            self.drafts[model] = DraftGPT(gpt) if gains and DraftGPT.can_be_of(gpt) else None
-        return self.drafts[model]
+        return gpt.draft()
 
     @classmethod
     def gains_from_a_draft(cls, config: GPTConfig, dtype: torch.dtype) -> bool:

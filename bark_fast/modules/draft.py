@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from bark_fast.config import GPTConfig
-from bark_fast.modules.gpt import GPT
 from bark_fast.ops import int8
-from bark_fast.ops.decode_layers import PagedRows
+from bark_fast.ops.decode_layers import LayerWeights, PagedRows
 from bark_fast.ops.embedding import embed
+
+if TYPE_CHECKING:
+    from bark_fast.modules.gpt import GPT
 
 
 class DraftGPT:
     """A GPT's decode steps with its matrices in int8. It reads and writes the GPT's own keys and values."""
 
+    def __init__(self, gpt: GPT) -> None:
+        self.gpt = gpt
+        self._versions = _versions(gpt)
+        self.layers = int8.Int8Layers(gpt.layer_weights)
+        self.head = int8.quantise(gpt.head.weight)
+
     @staticmethod
-    def can_be_of(gpt: GPT) -> bool:
-        """Whether the extension takes its weights, and multiplies int8 in vectors."""
-        return int8.takes(gpt.layer_weights, gpt.config.head_dim)
+    def can_be_of(weights: LayerWeights, config: GPTConfig) -> bool:
+        """Whether the extension takes such weights, and multiplies int8 in vectors."""
+        return int8.takes(weights, config.head_dim)
 
     @staticmethod
     def bytes_of(config: GPTConfig) -> int:
@@ -27,10 +37,10 @@ class DraftGPT:
         head = int8.bytes_of(config.output_vocab_size, config.output_vocab_size * width)
         return config.n_layer * int8.bytes_of(outputs, elements) + head
 
-    def __init__(self, gpt: GPT) -> None:
-        self.gpt = gpt
-        self.layers = int8.Int8Layers(gpt.layer_weights)
-        self.head = int8.quantise(gpt.head.weight)
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether the weights it was made from have not been written to since."""
+        return self._versions == _versions(self.gpt)
 
     def decode(self, ids: Tensor, positions: Tensor, cache: PagedRows) -> Tensor:
         """As `GPT.decode`."""
@@ -41,3 +51,9 @@ class DraftGPT:
         """As `GPT.logits`."""
         head = int8.Int8Matrix(self.head.weight[low:high], self.head.scales[low:high])
         return int8.norm_linear(hidden, self.gpt.ln_f.weight, self.gpt.ln_f.bias, head)
+
+
+def _versions(gpt: GPT) -> list[int]:
+    """Numbers that change when the matrices are written to; an inference tensor has none."""
+    matrices = (*gpt.layer_weights.matrices(), gpt.head.weight)
+    return [0 if weight.is_inference() else weight._version for weight in matrices]

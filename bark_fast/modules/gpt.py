@@ -8,6 +8,7 @@ from typing import Protocol, cast
 from torch import Tensor, nn
 
 from bark_fast.config import GPTConfig
+from bark_fast.modules.draft import DraftGPT
 from bark_fast.modules.layer import Embedding, Layer, LayerNorm, Linear
 from bark_fast.ops.decode_layers import LayerWeights, PagedRows, decode_layers
 from bark_fast.ops.embedding import embed
@@ -36,6 +37,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(config, norm_bias=config.bias) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.head = Linear(config.n_embd, config.output_vocab_size, bias=False)
+        self._draft: DraftGPT | None = None
 
     def forward(
         self,
@@ -75,6 +77,20 @@ class GPT(nn.Module):
     def layer_weights(self) -> LayerWeights:
         # gathering 12 tensors a layer takes longer than to check them; parameters are changed, never replaced
         return LayerWeights(tensor for layer in self.layers for tensor in cast(Layer, layer).weights())
+
+    def draft(self) -> DraftGPT | None:
+        """Its likeness for guessing, made when first asked for and once weights change; None if it has none."""
+        if not DraftGPT.can_be_of(self.layer_weights, self.config):
+            return None
+        if self._draft is None or not self._draft.is_up_to_date:
+            self._draft = None  # frees what it takes first
+            self._draft = DraftGPT(self)
+        return self._draft
+
+    @property
+    def draft_bytes(self) -> int:
+        """What the likeness takes at present."""
+        return 0 if self._draft is None else DraftGPT.bytes_of(self.config)
 
     def logits(self, hidden: Tensor, low: int, high: int, scratch: Scratch | None = None) -> Tensor:
         """Rows [low, high) of the head for hidden states (rows, n_embd): (rows, high - low).

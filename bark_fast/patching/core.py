@@ -30,6 +30,7 @@ def patch(
     dtype: str | torch.dtype | None = None,
     rng: Literal["torch", "philox"] = "torch",
     strict: bool = False,
+    speculative: bool = True,
 ) -> T:
     """Make somebody else's Bark fast in place, with the same output; returns `obj`.
 
@@ -43,13 +44,15 @@ def patch(
     rng: "torch" draws from torch's generators as the original does: the same seed gives the same tokens.
         "philox" seeds bark_fast's own noise from them, which needs no host on a GPU: other tokens, as random.
     strict: raise `NotCovered` where a call is left to the original code; otherwise it is, with one warning.
+    speculative: on a CPU, as of `Bark.from_pretrained`: the same tokens sooner where one or two rows decode,
+        for a copy of the decoding weights in int8, made by the first `generate`. False: do without.
 
     Patch and unpatch between calls, not while another thread is in one. Copies of weights are made anew when
     the model's are moved or written to; what is written through `.data` nobody can see: patch again after it.
 
     Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
     """
-    policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict))
+    policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict), bool(speculative))
     if not engine and (dtype is not None or rng != "torch"):
         raise InvalidInput(
             f"dtype={dtype!r} and rng={rng!r} are for the engine; with engine=False layers keep the model's "

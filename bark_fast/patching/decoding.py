@@ -80,11 +80,11 @@ class Decoder:
     Pages are kept between calls, so a window that begins as the last one did feeds only what is new.
     """
 
-    def __init__(self, stage: Stage, bound: Bound[GPT], rows: int) -> None:
+    def __init__(self, stage: Stage, bound: Bound[GPT], rows: int, speculative: bool = False) -> None:
         self.stage: Stage = stage
         self.bound, self.rows = bound, rows
         gpt = bound.model
-        self.runner: EagerRunner = runner_kind(bound.device, bound.dtype)(
+        self.runner: EagerRunner = runner_kind(bound.device, bound.dtype, speculative)(
             semantic=gpt if stage == "semantic" else None,
             coarse=gpt if stage == "coarse" else None,
             fine=None,

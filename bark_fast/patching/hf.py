@@ -74,7 +74,7 @@ def _of_model(module: nn.Module) -> tuple[str | None, int]:
     else:
         reason = reason or why_not_called(module) or ("a layer with a hook" if is_hooked(module) else None)
     try:
-        return reason, module.bound().copied_bytes
+        return reason, module.bound().held_twice
     except NotCovered as uncovered:
         return reason or str(uncovered), 0
 

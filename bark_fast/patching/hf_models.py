@@ -126,7 +126,7 @@ class FastCausal(Patched):
             decoder = None
             cache.pop("decoder", None)  # its pages make room for the new ones
             try:
-                decoder = cache["decoder"] = Decoder(self.stage, bound, batch)
+                decoder = cache["decoder"] = Decoder(self.stage, bound, batch, self._fast.policy.speculative)
             except RuntimeError as error:  # theirs takes only what the tokens so far need
                 if not is_of_memory(error):
                     raise

@@ -16,7 +16,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """replaced, left: parts in order. copied_bytes: weights held twice, because a dtype was asked for."""
+    """replaced, left: parts in order. copied_bytes: weights held twice: in a dtype that
+    was asked for, or in int8, to guess tokens, from the first `generate` on a CPU on.
+    """
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]

@@ -28,7 +28,7 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.LayerNorm)
 class Bound(Generic[Model]):
     """One of our models on `parameters`, which are theirs, or copies in `dtype`.
 
-    copied_bytes: what the copies take.
+    copied_bytes: what these copies take.
     """
 
     def __init__(self, config: GPTConfig, parameters: Parameters, dtype: torch.dtype | None) -> None:
@@ -51,6 +51,11 @@ class Bound(Generic[Model]):
             setattr(self.model.get_submodule(path), leaf, held)
         self._versions = _versions(parameters, self.copied_bytes > 0)
         self.model.eval()
+
+    @property
+    def held_twice(self) -> int:
+        """Bytes of all copies there are, of the engine's draft too."""
+        return self.copied_bytes + (self.model.draft_bytes if isinstance(self.model, GPT) else 0)
 
     def holds(self, parameters: Parameters, dtype: torch.dtype | None) -> bool:
         """Whether `bind` would make the same: tensors of the same place, and unchanged if they were copied."""

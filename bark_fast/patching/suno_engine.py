@@ -33,11 +33,11 @@ class Held:
     theirs: suno's model, which may be freed meanwhile.
     """
 
-    def __init__(self, key: Key, bound: Bound[Any], theirs: ReferenceType[Any]) -> None:
-        self.bound, self.theirs = bound, theirs
+    def __init__(self, key: Key, bound: Bound[Any], theirs: ReferenceType[Any], speculative: bool) -> None:
+        self.bound, self.theirs, self.speculative = bound, theirs, speculative
         gpt = bound.model
         self.config: GPTConfig = gpt.config
-        self.runner = runner_kind(bound.device, bound.dtype)(
+        self.runner = runner_kind(bound.device, bound.dtype, speculative)(
             semantic=gpt if key == "text" else None,
             coarse=gpt if key == "coarse" else None,
             fine=gpt if key == "fine" else None,
@@ -74,8 +74,8 @@ class SunoModels:
 
     @property
     def copied_bytes(self) -> int:
-        """What weights in another dtype take at present."""
-        return sum(held.bound.copied_bytes for held in self.held.values())
+        """What weights in another dtype take at present, those that guess in int8 among them."""
+        return sum(held.bound.held_twice for held in self.held.values())
 
     def forget(self) -> None:
         """Free pages and copies; calls under way keep theirs until they end."""
@@ -119,11 +119,14 @@ class SunoModels:
         dtype = policy.dtype or autocast_dtype(self.generation, device)
         with self._lock:
             held = self.held.get(key)
+            if held is not None and held.speculative != policy.speculative:
+                held = None
             bound: Bound[Any] = bind(model, config, suno_name, dtype, held.bound if held else None)
             if held is None or held.bound is not bound:
                 held = None
                 self.held.pop(key, None)  # its pages go before new ones come
-                held = self.held[key] = Held(key, bound, ref(model, partial(self._gone, key)))
+                theirs = ref(model, partial(self._gone, key))
+                held = self.held[key] = Held(key, bound, theirs, policy.speculative)
             return held
 
     def _gone(self, key: Key, theirs: ReferenceType[Any]) -> None:

@@ -28,11 +28,15 @@ class Policy:
     """What one call of `patch` asked for, shared by everything it replaced.
 
     engine: stages run in the engine. dtype: of the engine's weights, None for the model's own. rng: "torch" or
-    "philox". strict: raise where the fast path does not cover a call. warned: kinds of reasons already given.
+    "philox". strict: raise where the fast path does not cover a call. speculative: guess tokens on a CPU.
+    warned: kinds of reasons already given.
     """
 
-    def __init__(self, engine: bool, dtype: torch.dtype | None, rng: str, strict: bool) -> None:
+    def __init__(
+        self, engine: bool, dtype: torch.dtype | None, rng: str, strict: bool, speculative: bool = True
+    ) -> None:
         self.engine, self.dtype, self.rng, self.strict = engine, dtype, rng, strict
+        self.speculative = speculative
         self.warned: set[str] = set()
 
     def decline(self, reason: str) -> None:

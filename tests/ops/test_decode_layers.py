@@ -218,11 +218,14 @@ def test_a_row_is_the_same_to_the_bit_whoever_runs_beside_it(
 
 @needs_compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [[1, 1], [4, 1, 3], [8, 8], [2, 1, 1, 1, 1, 1, 1, 8]], ids=str)
+@pytest.mark.parametrize("threads", [1, 7])
+@pytest.mark.parametrize("counts", [[1, 1], [4, 1, 3], [8, 8], [1, 1, 1, 3, 4, 1, 1, 4]], ids=str)
 def test_rows_of_one_sequence_are_what_they_are_one_after_another(
-    isa: str, dtype: torch.dtype, counts: list[int]
+    isa: str, dtype: torch.dtype, counts: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, by all that computes a row as if it were alone; also where a page begins between them."""
+    """To the bit, by all that computes a row as if it were alone; where pages or parts of keys begin, too."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setitem(globals(), "LENGTHS", [1, 14, 17, 255, 510, 5, 128, 300])
     seqs, rows = len(counts), sum(counts)
     x, weights, cache = make(seqs, dtype)
     x = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
