@@ -29,35 +29,44 @@ from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.sampling import INVALID_TOKEN
 
-GUESSES = 3
-"""Tokens guessed at a time. With the one fed these are four rows, as many as AVX2 keeps in registers."""
+MOST_ROWS = 8
+"""Rows of a step with guesses: more take longer to multiply than to fetch."""
 
-MOST_SEQUENCES = 2
-"""Sequences of a step up to which guessing pays: the rows of more take longer to multiply than to fetch."""
+MOST_SEQUENCES = {4: 3, 2: 2}
+"""Sequences of a step up to which guesses pay, by the bytes of a weight."""
 
 LEAST_BYTES = 64 << 20
 """Weights of a step from which on they come from memory, not from a cache."""
 
-WORTH = 0.65
-"""Share of guesses that must be right: a guess takes about 0.4 of a step, checking them 1.2."""
+GUESS, CHECK = 0.15, 0.2
+"""In steps: what a guess takes beside reading its weights, and what all of them add to the step that checks."""
 
 
 class Odds:
-    """How often guesses were right lately, and whether to go on guessing."""
+    """How often guesses were right lately, and how many are worth making. dtype: of the weights that check."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.right = 1.0
+        self.guess = GUESS + 1 / dtype.itemsize
 
     def saw(self, right: bool) -> None:
         """A guess that was checked; those behind a wrong one are not."""
         self.right += (right - self.right) / 64
 
-    def worth_it(self) -> bool:
-        """Whether to guess in this step. After many a step without, it is tried again."""
-        if self.right < WORTH:
+    def best(self, most: int) -> int:
+        """How many guesses, up to `most`, give the most tokens in the time they take.
+
+        Where none is the answer, it is another after some hundred steps.
+        """
+        pace, best, tokens = 1.0, 0, 1.0
+        for guesses in range(1, most + 1):
+            tokens += self.right**guesses  # the first wrong one gives a token as well, and ends it
+            ours = tokens / (1 + CHECK + self.guess * guesses)
+            if ours > pace:
+                pace, best = ours, guesses
+        if not best:
             self.right += (1 - self.right) / 2048
-            return False
-        return True
+        return best
 
 
 @dataclass
@@ -88,7 +97,7 @@ class Run:
 
 
 class SpeculativeRunner(EagerRunner):
-    """As the eager runner, of several tokens a step where one or two sequences decode on a CPU.
+    """As the eager runner, of several tokens a step where few sequences decode on a CPU.
 
     Guesses take pages only within a step, and only such as nobody else wants.
     """
@@ -98,11 +107,11 @@ class SpeculativeRunner(EagerRunner):
     @cached_property
     def odds(self) -> dict[str, Odds]:
         """Of each model."""
-        return {name: Odds() for name in self.models}
+        return {name: Odds(self.dtype) for name in self.models}
 
     def _step(self, model: str, sequences: Items[Sequence]) -> list[list[int]]:
         most = self._most_guesses(model, sequences)
-        draft = self._draft_of(model) if any(most) and self.odds[model].worth_it() else None
+        draft = self._draft_of(model) if any(most) else None
         if draft is None:
             return super()._step(model, sequences)
         pool = self.pools[model]
@@ -126,9 +135,11 @@ class SpeculativeRunner(EagerRunner):
     def _most_guesses(self, model: str, sequences: Items[Sequence]) -> list[int]:
         """How many tokens to guess for each sequence; none for any where that is not possible for all."""
         none = [0] * len(sequences)
-        if len(sequences) > MOST_SEQUENCES or not all(_guessable(one, len(sequences)) for one in sequences):
+        few = len(sequences) <= MOST_SEQUENCES[self.dtype.itemsize]
+        if not few or not all(_guessable(one, len(sequences)) for one in sequences):
             return none
-        most = [min(GUESSES, one.work.max_new_tokens - len(one.drawn) - 1) for one in sequences]
+        best = self.odds[model].best(MOST_ROWS // len(sequences) - 1)
+        most = [min(best, one.work.max_new_tokens - len(one.drawn) - 1) for one in sequences]
         fits = self.pools[model].fits([one.handle for one in sequences], [count + 1 for count in most])
         return most if fits else none
 

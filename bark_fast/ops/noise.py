@@ -22,7 +22,7 @@ from bark_fast.ops.rule_rows import place_row
 from bark_fast.sampling import Dialect, SamplingRule
 
 SEED_BOUND = 2**64
-DRAWN_AHEAD = 16_384
+DRAWN_AHEAD = 65_536
 """Variates `PhiloxNoise` computes at once where a draw needs fewer."""
 
 
@@ -104,8 +104,7 @@ class PhiloxNoise:
         if not is_whole(seed) or not 0 <= seed < SEED_BOUND:
             raise InvalidInput(f"seed is {seed!r}; it must be an integer from 0 to 2**64 - 1")
         self.seed, self.device = seed, device
-        self._place: tuple[int, ...] = ()
-        self._ahead = torch.empty(0)
+        self._ahead: dict[tuple[int, ...], Tensor] = {}
 
     def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
         low, high = rule.window(step)
@@ -113,10 +112,11 @@ class PhiloxNoise:
         width = max(stop - start for start, stop in rule.windows)
         steps = max(1, DRAWN_AHEAD // width)
         place = (chunk, stream, step // steps, width)
-        if place != self._place:
-            self._ahead = self.codes(chunk, stream, step // steps * steps, steps, width)
-            self._place = place
-        return self._ahead[step % steps, : high - low]
+        if place not in self._ahead:
+            while len(self._ahead) > 1:  # steps that guess are taken again, and may begin in the block before
+                del self._ahead[next(iter(self._ahead))]
+            self._ahead[place] = self.codes(chunk, stream, step // steps * steps, steps, width)
+        return self._ahead[place][step % steps, : high - low]
 
     def codes(self, chunk: int, stream: int, first_step: int, rows: int, width: int) -> Tensor:
         module = extension.load() if self.device.type == "cpu" and preferred() == "auto" else None
