@@ -138,7 +138,7 @@ class Bark:
         GPUs to take. Each advances `max_batch` utterances within `max_memory`, in a thread of its own; a text
         goes where the fewest are under way, and says the same everywhere. Weights are read once.
         speculative: on a CPU with the compiled extension, a copy of the decoding weights in int8 guesses tokens
-        where up to three utterances decode, and the model checks several at once: the same tokens sooner,
+        where few utterances decode, and the model checks several at once: the same tokens sooner,
         for a quarter of these weights' memory in float32, half in 16 bits. It is made when first used, and left
         out where `max_memory` has no room for it. False: do without.
         revision: of a hub id, a branch, tag or commit; its voices are those of the same commit.

@@ -92,6 +92,7 @@ def test_tokens_are_those_of_single_steps(suno_bark, load, kind, utterances, pag
     assert not runner.leaks()
     if utterances <= 2:
         assert 0 < runner.right < runner.guessed
+        assert kind is BadGuesses or runner.right > 0.8 * runner.guessed  # drawn with the noise of their steps
         assert runner.drafted_steps > 300
 
 
@@ -107,7 +108,7 @@ def decode(runner: SpeculativeRunner, noise: Any, count: int, rule: SamplingRule
     return sequence.drawn
 
 
-@pytest.mark.parametrize("count", range(1, 2 * MOST_ROWS))
+@pytest.mark.parametrize("count", range(1, 2 * MOST_ROWS[4]))
 def test_no_more_than_are_asked_for(suno_bark, count):
     runner = GuessingRunner(suno_bark.runner)
     tokens = decode(runner, PhiloxNoise(3, CPU), count)
@@ -167,10 +168,10 @@ def test_odds():
 
 def test_more_sequences_go_step_by_step(suno_bark):
     runner = GuessingRunner(suno_bark.runner)
-    rows = [runner.open("coarse", PhiloxNoise(seed, CPU)) for seed in range(4)]
+    rows = [runner.open("coarse", PhiloxNoise(seed, CPU)) for seed in range(5)]
     for one in rows:
         one.begin(Decode("coarse", np.arange(10_000, 10_030), RULE, 40))
-    for count, most in ((4, [1]), (3, [1, 2]), (2, [1, 2, 3, 4])):
+    for count, most in ((5, [1]), (4, [1, 2]), (2, [1, 2, 3, 4])):
         lengths = set()
         for _ in range(2):
             some = [one for one in rows[:count] if not one.done]
@@ -181,7 +182,7 @@ def test_more_sequences_go_step_by_step(suno_bark):
                 one.take(tokens)
                 lengths.add(len(tokens))
         assert lengths <= set(most)
-        assert count == 4 or max(lengths) > 1
+        assert count == 5 or max(lengths) > 1
 
 
 def test_pages_that_are_not_there_are_not_asked_for(suno_bark):

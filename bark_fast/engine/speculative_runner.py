@@ -29,11 +29,8 @@ from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.sampling import INVALID_TOKEN
 
-MOST_ROWS = 8
-"""Rows of a step with guesses: more take longer to multiply than to fetch."""
-
-MOST_SEQUENCES = {4: 3, 2: 2}
-"""Sequences of a step up to which guesses pay, by the bytes of a weight."""
+MOST_ROWS = {4: 8, 2: 4}
+"""Rows of a step with guesses, by the bytes of a weight: more take longer to multiply than to fetch."""
 
 LEAST_BYTES = 64 << 20
 """Weights of a step from which on they come from memory, not from a cache."""
@@ -135,10 +132,10 @@ class SpeculativeRunner(EagerRunner):
     def _most_guesses(self, model: str, sequences: Items[Sequence]) -> list[int]:
         """How many tokens to guess for each sequence; none for any where that is not possible for all."""
         none = [0] * len(sequences)
-        few = len(sequences) <= MOST_SEQUENCES[self.dtype.itemsize]
-        if not few or not all(_guessable(one, len(sequences)) for one in sequences):
+        room = MOST_ROWS[self.dtype.itemsize] // max(1, len(sequences)) - 1
+        if room < 1 or not all(_guessable(one, len(sequences)) for one in sequences):
             return none
-        best = self.odds[model].best(MOST_ROWS // len(sequences) - 1)
+        best = self.odds[model].best(room)
         most = [min(best, one.work.max_new_tokens - len(one.drawn) - 1) for one in sequences]
         fits = self.pools[model].fits([one.handle for one in sequences], [count + 1 for count in most])
         return most if fits else none

@@ -44,7 +44,7 @@ def patch(
     rng: "torch" draws from torch's generators as the original does: the same seed gives the same tokens.
         "philox" seeds bark_fast's own noise from them, which needs no host on a GPU: other tokens, as random.
     strict: raise `NotCovered` where a call is left to the original code; otherwise it is, with one warning.
-    speculative: on a CPU, as of `Bark.from_pretrained`: the same tokens sooner where up to three rows decode,
+    speculative: on a CPU, as of `Bark.from_pretrained`: the same tokens sooner where few rows decode,
         for a copy of the decoding weights in int8, made by the first `generate`. False: do without.
 
     Patch and unpatch between calls, not while another thread is in one. Copies of weights are made anew when
