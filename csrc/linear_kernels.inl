@@ -26,7 +26,7 @@ namespace {
 #include "rows.inl"
 
 // What rows are packed as. Beside int8 weights they are int16, the largest of a row 32,767: products of two are summed as
-// int32, which takes a third of the instructions of widening to fp32, and a piece of 768 columns is far from its bounds.
+// int32, which takes half of the instructions of widening to fp32, and a piece of 768 columns is far from its bounds.
 template <class Weight>
 struct PackedAs {
 #if defined(__AVX512BF16__)

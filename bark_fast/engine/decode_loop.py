@@ -20,7 +20,6 @@ from bark_fast.engine.sequence import Sequence
 from bark_fast.engine.transfers import overwrite
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_state import STEP, DecodeState, advance, find_slots
-from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.rule_rows import RuleRows, pack_rules
 from bark_fast.ops.sampling import INVALID_TOKEN, sample_rows
@@ -54,7 +53,7 @@ class DecodeLoop:
 
         The last row of a prompt is one, too, unless an embedding is added to its own.
         """
-        if len(sequence.feed) != 1 or not sequence.draws or sequence.extra_feed() != [NO_TOKEN]:
+        if not sequence.is_plain_step:
             return False
         if sequence.work.rule.greedy or isinstance(sequence.noise, PhiloxNoise):
             return not self.given

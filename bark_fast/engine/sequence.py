@@ -103,6 +103,11 @@ class Sequence:
         return len(self.feed) == len(self.pending)
 
     @property
+    def is_plain_step(self) -> bool:
+        """Whether the next step feeds one token, to which no embedding is added, and draws."""
+        return len(self.feed) == 1 and self.draws and self.extra_feed() == [NO_TOKEN]
+
+    @property
     def room(self) -> int:
         """Tokens beyond those cached that its pages already have room for: a runner ahead asked for it."""
         return self.pool.pool.length(self.handle) - len(self.cached)

@@ -25,7 +25,6 @@ from bark_fast.modules.draft import DraftGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.decode_layers import PagedRows
 from bark_fast.ops.dispatch import preferred
-from bark_fast.ops.embedding import NO_TOKEN
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.sampling import INVALID_TOKEN
 
@@ -142,15 +141,17 @@ class SpeculativeRunner(EagerRunner):
 
     def _draft_of(self, model: str) -> DraftGPT | None:
         gpt, on_cpu = self.models[model], self.pools[model].device.type == "cpu"
-        gains = self.gains_from_a_draft(gpt.config, self.dtype)
-        if preferred() != "auto" or not on_cpu or self.offloader is not None or not gains:
+        if preferred() != "auto" or not on_cpu or not self.gains_from_a_draft(gpt.config, self.dtype):
             return None
         return gpt.draft()
 
     @classmethod
     def gains_from_a_draft(cls, config: GPTConfig, dtype: torch.dtype) -> bool:
-        """Whether a step waits for memory."""
-        return 12 * config.n_layer * config.n_embd**2 * dtype.itemsize >= cls.least_bytes
+        """Whether a step waits for memory, and a draft would wait less."""
+        return (
+            DraftGPT.is_fast(config)
+            and 12 * config.n_layer * config.n_embd**2 * dtype.itemsize >= cls.least_bytes
+        )
 
     def _rows(self, gpt: GPT | DraftGPT, pool: KVPool, runs: list[Run], last_only: bool) -> list[list[int]]:
         """Feed each run's tokens, or only the last of them; the tokens drawn behind each."""
@@ -195,7 +196,7 @@ def _guessable(sequence: Sequence, beside: int) -> bool:
 
     Noise that others draw from as well goes step by step for all of them.
     """
-    if len(sequence.feed) != 1 or not sequence.draws or sequence.extra_feed() != [NO_TOKEN]:
+    if not sequence.is_plain_step:
         return False
     own = isinstance(sequence.noise, (PhiloxNoise, HeldNoise))
     return own or sequence.work.rule.greedy or (beside == 1 and isinstance(sequence.noise, DrawnAhead))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bark_fast.config import GPTConfig
 from bark_fast.ops import int8
-from bark_fast.ops.decode_layers import LayerWeights, PagedRows
+from bark_fast.ops.decode_layers import PagedRows
 from bark_fast.ops.embedding import embed
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ class DraftGPT:
         self.head = int8.quantise(gpt.head.weight)
 
     @staticmethod
-    def can_be_of(weights: LayerWeights, config: GPTConfig) -> bool:
-        """Whether the extension takes such weights, and multiplies int8 in vectors."""
-        return int8.takes(weights, config.head_dim)
+    def is_fast(config: GPTConfig) -> bool:
+        """Whether it is any faster here than such a GPT."""
+        return int8.is_fast(config.head_dim)
 
     @staticmethod
     def bytes_of(config: GPTConfig) -> int:
@@ -53,7 +53,12 @@ class DraftGPT:
         return int8.norm_linear(hidden, self.gpt.ln_f.weight, self.gpt.ln_f.bias, head)
 
 
+def version_of(tensor: Tensor) -> int:
+    """A number that changes when it is written to; an inference tensor's is always 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _versions(gpt: GPT) -> list[int]:
-    """Numbers that change when the matrices are written to; an inference tensor has none."""
+    """Numbers that change when the matrices are written to."""
     matrices = (*gpt.layer_weights.matrices(), gpt.head.weight)
-    return [0 if weight.is_inference() else weight._version for weight in matrices]
+    return [version_of(weight) for weight in matrices]

@@ -80,7 +80,7 @@ class GPT(nn.Module):
 
     def draft(self) -> DraftGPT | None:
         """Its likeness for guessing, made when first asked for and once weights change; None if it has none."""
-        if not DraftGPT.can_be_of(self.layer_weights, self.config):
+        if self.layer_weights.dtype is None or not DraftGPT.is_fast(self.config):
             return None
         if self._draft is None or not self._draft.is_up_to_date:
             self._draft = None  # frees what it takes first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,27 +68,27 @@ def decode_layers(x: Tensor, weights: LayerWeights, cache: PagedRows) -> Tensor:
     x = rows_of(x)
     plain = x.dtype == weights.dtype and head_dim in HEAD_DIMS
     if is_eager(x) and plain and has_few_rows(x) and (module := extension_for(x)):
-        out = x.new_empty(x.shape)
-        scale = head_dim**-0.5
-        module.decode_layers(
-            x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.query_starts,
-            cache.slots, out, scale, torch.get_num_threads(),
-        )  # fmt: skip
-        return out
+        return by_extension(module, x, weights, [], cache)
     for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         parts: Any = weights[layer * WEIGHTS : (layer + 1) * WEIGHTS]
         ln_1, ln_1_bias, qkv, qkv_bias, out, out_bias, *mlp = parts
         projected = norm_linear(x, ln_1, ln_1_bias, qkv, qkv_bias)
         seen = paged_kv.append_attention(
-            projected,
-            keys,
-            values,
-            cache.block_table,
-            cache.lengths,
-            cache.query_starts,
-            cache.slots,
+            projected, keys, values, cache.block_table, cache.lengths, cache.query_starts, cache.slots,
             torch.empty_like(x),
-        )
+        )  # fmt: skip
         x = linear_residual(seen, out, x, out_bias)
         x = layernorm_gelu_mlp(x, *mlp)
     return x
+
+
+def by_extension(
+    module: ModuleType, x: Tensor, weights: list[Tensor | None], scales: list[Tensor], cache: PagedRows
+) -> Tensor:
+    """All layers in one call of the extension. scales: of matrices in int8, four a layer; else none."""
+    out = x.new_empty(x.shape)
+    module.decode_layers(
+        x, weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.query_starts, cache.slots,
+        out, cache.keys[0].shape[3] ** -0.5, torch.get_num_threads(), scales,
+    )  # fmt: skip
+    return out

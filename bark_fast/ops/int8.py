@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bark_fast import extension
-from bark_fast.ops.decode_layers import MATRICES, WEIGHTS, LayerWeights, PagedRows
+from bark_fast.ops.decode_layers import MATRICES, WEIGHTS, LayerWeights, PagedRows, by_extension
 from bark_fast.ops.dispatch import HEAD_DIMS
 from bark_fast.ops.norm_linear import extension_for
 
@@ -38,15 +38,10 @@ def bytes_of(rows: int, elements: int) -> int:
     return elements + 4 * rows
 
 
-def takes(weights: LayerWeights, head_dim: int) -> bool:
-    """Whether the extension is there, can read these, and has vector instructions for products of int8."""
+def is_fast(head_dim: int) -> bool:
+    """Whether the extension is there, has heads of this size, and vector instructions for products of int8."""
     module = extension.load()
-    return (
-        module is not None
-        and module.isa() != "portable"
-        and weights.dtype is not None
-        and head_dim in HEAD_DIMS
-    )
+    return module is not None and module.isa() != "portable" and head_dim in HEAD_DIMS
 
 
 class Int8Layers:
@@ -63,12 +58,7 @@ def decode_layers(x: Tensor, layers: Int8Layers, cache: PagedRows) -> Tensor:
     """As `ops.decode_layers`, of at most `COMPILED_ROWS` rows on the CPU."""
     module = extension_for(x)
     assert module is not None
-    out = x.new_empty(x.shape)
-    module.decode_layers(
-        x, layers.weights, cache.keys, cache.values, cache.block_table, cache.lengths, cache.query_starts,
-        cache.slots, out, cache.keys[0].shape[3] ** -0.5, torch.get_num_threads(), layers.scales,
-    )  # fmt: skip
-    return out
+    return by_extension(module, x, layers.weights, layers.scales, cache)
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor | None, matrix: Int8Matrix) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from bark_fast.checkpoint.names import gpt_shapes
 from bark_fast.config import FineConfig, GPTConfig
 from bark_fast.errors import NotCovered
+from bark_fast.modules.draft import version_of
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.norm_linear import FLOATING
@@ -132,7 +133,4 @@ def why_not_plain(module: nn.Module) -> str | None:
 
 def _versions(parameters: Parameters, contents: bool) -> list[tuple[int, tuple[int, ...], int]]:
     """Where each tensor lies and how, and, with `contents`, a number that changes when it is written to."""
-    return [
-        (p.data_ptr(), p.stride(), p._version if contents and not p.is_inference() else 0)
-        for p in parameters.values()
-    ]
+    return [(p.data_ptr(), p.stride(), version_of(p) if contents else 0) for p in parameters.values()]

@@ -24,21 +24,39 @@ std::vector<float> draw(int64_t count) {
 
 double gelu(double x) { return 0.5 * x * std::erfc(-x / std::sqrt(2.0)); }
 
+// LayerNorm of one row.
+std::vector<double> normalised(const float* x, const std::vector<float>& gain, const std::vector<float>& shift) {
+    const int64_t k = static_cast<int64_t>(gain.size());
+    double mean = 0, square = 0;
+    for (int64_t j = 0; j < k; ++j) mean += x[j] / static_cast<double>(k);
+    for (int64_t j = 0; j < k; ++j) square += std::pow(x[j] - mean, 2) / static_cast<double>(k);
+    std::vector<double> row(k);
+    for (int64_t j = 0; j < k; ++j) row[j] = (x[j] - mean) / std::sqrt(square + 1e-5) * gain[j] + shift[j];
+    return row;
+}
+
+// A layer of fp32, LayerNorm before it and a bias behind it, whose lines lie one after another.
+Linear layer(const std::vector<float>& x, const std::vector<float>& gain, const std::vector<float>& shift,
+             const void* weight, const std::vector<float>& bias, std::vector<float>& out, int64_t rows) {
+    Linear call{};
+    call.dtype = DType::f32;
+    call.x = x.data();
+    call.x_stride = call.weight_stride = call.k = static_cast<int64_t>(gain.size());
+    call.norm_weight = gain.data();
+    call.norm_bias = shift.data();
+    call.weight = weight;
+    call.bias = bias.data();
+    call.out = out.data();
+    call.out_stride = call.n = static_cast<int64_t>(bias.size());
+    call.rows = rows;
+    return call;
+}
+
 // Two layers, the second of which reads what the first wrote.
 void check(int64_t rows, int64_t n, int64_t k, int threads) {
     const auto x = draw(rows * k), norm = draw(k), shift = draw(k), fc = draw(n * k), bias = draw(n), proj = draw(k * n);
     std::vector<float> hidden(rows * n), out(rows * k);
-    Linear first{};
-    first.dtype = DType::f32;
-    first.x = x.data();
-    first.x_stride = first.weight_stride = first.k = k;
-    first.norm_weight = norm.data();
-    first.norm_bias = shift.data();
-    first.weight = fc.data();
-    first.bias = bias.data();
-    first.out = hidden.data();
-    first.out_stride = first.n = n;
-    first.rows = rows;
+    Linear first = layer(x, norm, shift, fc.data(), bias, hidden, rows);
     first.gelu = true;
     Linear second{};
     second.dtype = DType::f32;
@@ -57,15 +75,12 @@ void check(int64_t rows, int64_t n, int64_t k, int threads) {
         cpu::linear_chain(calls, 2, threads);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        double mean = 0, square = 0;
-        for (int64_t j = 0; j < k; ++j) mean += x[r * k + j] / static_cast<double>(k);
-        for (int64_t j = 0; j < k; ++j) square += std::pow(x[r * k + j] - mean, 2) / static_cast<double>(k);
+        const auto normed = normalised(x.data() + r * k, norm, shift);
         for (int64_t i = 0; i < n; ++i) {
             double sum = bias[i], size = std::fabs(sum);
             for (int64_t j = 0; j < k; ++j) {
-                const double normed = (x[r * k + j] - mean) / std::sqrt(square + 1e-5) * norm[j] + shift[j];
-                sum += normed * fc[i * k + j];
-                size += std::fabs(normed * fc[i * k + j]);
+                sum += normed[j] * fc[i * k + j];
+                size += std::fabs(normed[j] * fc[i * k + j]);
             }
             expect(std::fabs(hidden[r * n + i] - gelu(sum)) <= 2e-6 * (1 + size), "LayerNorm, product, bias, GELU");
         }
@@ -82,31 +97,17 @@ void check(int64_t rows, int64_t n, int64_t k, int threads) {
 
 // Weights in int8, each line of them with a scale.
 void check_bytes(int64_t rows, int64_t n, int64_t k, int threads) {
-    const auto x = draw(rows * k), norm = draw(k), bias = draw(n), scales = draw(n);
+    const auto x = draw(rows * k), norm = draw(k), shift = draw(k), bias = draw(n), scales = draw(n);
     std::vector<int8_t> weight(n * k);
     for (int8_t& one : weight) one = static_cast<int8_t>(static_cast<int>(rng() % 255) - 127);
     std::vector<float> out(rows * n);
-    Linear call{};
-    call.dtype = DType::f32;
-    call.x = x.data();
-    call.x_stride = call.weight_stride = call.k = k;
-    call.norm_weight = norm.data();
-    call.weight = weight.data();
+    Linear call = layer(x, norm, shift, weight.data(), bias, out, rows);
     call.scales = scales.data();
-    call.bias = bias.data();
-    call.out = out.data();
-    call.out_stride = call.n = n;
-    call.rows = rows;
     cpu::linear_chain(&call, 1, threads);
     for (int64_t r = 0; r < rows; ++r) {
-        double mean = 0, square = 0, most = 0;
-        for (int64_t j = 0; j < k; ++j) mean += x[r * k + j] / static_cast<double>(k);
-        for (int64_t j = 0; j < k; ++j) square += std::pow(x[r * k + j] - mean, 2) / static_cast<double>(k);
-        std::vector<double> normed(k);
-        for (int64_t j = 0; j < k; ++j) {
-            normed[j] = (x[r * k + j] - mean) / std::sqrt(square + 1e-5) * norm[j];
-            most = std::max(most, std::fabs(normed[j]));
-        }
+        const auto normed = normalised(x.data() + r * k, norm, shift);
+        double most = 0;
+        for (const double one : normed) most = std::max(most, std::fabs(one));
         for (int64_t i = 0; i < n; ++i) {
             double sum = 0, size = 0;
             for (int64_t j = 0; j < k; ++j) {
