@@ -289,6 +289,10 @@ class TestBark:
         def load(most: int) -> Bark:
             return Bark.from_pretrained(tiny_suno_dir, device="cpu", max_memory=most, max_batch=4)
 
+        def cache_bytes(bark: Bark) -> int:
+            pools = bark.runner.pools.values()
+            return sum(pages.nbytes for pool in pools for pages in (*pool.keys, *pool.values))
+
         with pytest.raises(InvalidInput, match="give at least") as told:
             load(1)
         least = int(str(told.value).split("give at least ")[1].split(",")[0])
@@ -298,6 +302,7 @@ class TestBark:
         assert type(load(least + drafts - 1).runner) is EagerRunner
         bark = load(least + drafts)
         assert type(bark.runner) is SpeculativeRunner
+        assert cache_bytes(bark) == cache_bytes(load(least))  # what the drafts will take is not taken by pages
         bark.generate("Hello.", seed=1, max_seconds=0.2)
         made = [gpt._draft for gpt in bark.runner.models.values()]
         tensors = [t for one in made if one for t in (*one.layers.scales, *one.head)]
