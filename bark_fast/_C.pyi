@@ -3,6 +3,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+interface: int
+
 class BuildInfo(TypedDict):
     compiler: str
     isas: list[str]
@@ -96,6 +98,7 @@ def swap_pages(source: object, destination: object, pairs: object, threads: int,
 
 linear_rows: int
 
+def bf16_in_pairs() -> bool: ...
 def flash(
     query: object, key: object, value: object, out: object, causal: bool, scale: float, threads: int
 ) -> None: ...

@@ -10,12 +10,16 @@ from types import ModuleType
 MISSING = Path(__file__).parent / "_C_missing.txt"
 """Written by setup.py in place of `_C`: one line that says why."""
 
+INTERFACE = 1
+"""What `_C.interface` must be. One that an editable install has kept from older sources may be of another."""
+
 NAMES = (
     "PagePool",
     "PoolStats",
     "append_attention",
     "append_kv",
     "avoid_openmp",
+    "bf16_in_pairs",
     "build_info",
     "copy_pages",
     "cpu_is_intels",
@@ -24,6 +28,7 @@ NAMES = (
     "decode_layers",
     "flash",
     "gather_kv",
+    "interface",
     "isa",
     "isas",
     "linear",
@@ -36,7 +41,7 @@ NAMES = (
     "use_cpu_kind",
     "use_isa",
 )
-"""What `_C` must have. One that an editable install has kept from older sources may lack some."""
+"""What `_C` must have."""
 
 
 def load() -> ModuleType | None:
@@ -77,13 +82,21 @@ def _attempt() -> tuple[ModuleType | None, str]:
         if MISSING.exists():
             return None, MISSING.read_text(encoding="utf-8").strip()
         return None, "bark_fast._C is not part of this build; reinstall bark_fast"
-    lacking = [name for name in NAMES if not hasattr(_C, name)]
-    if lacking:
+    if fault := _fault_of(_C):
         return None, (
-            f"bark_fast._C was built from other sources than these (it has no {', '.join(lacking)}); "
+            f"bark_fast._C was built from other sources than these ({fault}); "
             "build it again: pip install --no-build-isolation -e ."
         )
     return _C, ""
+
+
+def _fault_of(module: ModuleType) -> str:
+    lacking = [name for name in NAMES if not hasattr(module, name)]
+    if lacking:
+        return f"it has no {', '.join(lacking)}"
+    if module.interface != INTERFACE:
+        return f"its interface is {module.interface}, not {INTERFACE}"
+    return ""
 
 
 def _is_there() -> bool:

@@ -21,8 +21,7 @@ const PerIsa<LinearKernelTable> kTables = {
 
 const LinearKernels* kernels_for(const Linear& call) {
 #ifdef BARK_FAST_X86
-    // Intel's dot products are slower than fma, see linear_kernels.inl
-    if (call.dtype == DType::bf16 && !call.scales && chosen_isa() > kAvx512 && !intels_cpu)
+    if (call.dtype == DType::bf16 && !call.scales && bf16_in_pairs())
         return &isa_avx512bf16::linear_kernels_bf16;
 #endif
     return &kTables.chosen()[call.scales ? 1 : 0][static_cast<int>(call.dtype)];
@@ -35,6 +34,14 @@ constexpr int64_t kLeastTicket = 48 * 1024, kMostTicket = 96 * 1024, kTickets = 
 constexpr int64_t kLeastBytes = 64 * 1024;
 
 }  // namespace
+
+bool bf16_in_pairs() {
+#ifdef BARK_FAST_X86
+    return chosen_isa() > kAvx512 && !intels_cpu;  // whose dot products are slower than fma, see linear_kernels.inl
+#else
+    return false;
+#endif
+}
 
 LinearStage::LinearStage(const Linear& call)
     : call_(call), kernels_(kernels_for(call)) {

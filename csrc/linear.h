@@ -34,6 +34,8 @@ struct Linear {
 inline int weight_size(const Linear& call) { return call.scales ? 1 : size_of(call.dtype); }
 
 namespace cpu {
+// Whether rows of bf16 are multiplied two elements at a time: more of them take no longer than memory does.
+bool bf16_in_pairs();
 // Each call of a chain may read what those before it wrote. One parallel loop for all of them.
 void linear_chain(const Linear* calls, int count, int threads);
 }  // namespace cpu

@@ -51,6 +51,8 @@ void mlp(py::handle x_, py::handle norm_weight, py::handle norm_bias, py::handle
 void bind_linear(py::module_& module) {
     using namespace bark_fast;
     module.attr("linear_rows") = kMostLinearRows;
+    module.def("bf16_in_pairs", &cpu::bf16_in_pairs,
+               "Whether rows of bf16 are multiplied two elements at a time, which takes half as long.");
     module.def("linear", &linear, py::arg("x"), py::arg("norm_weight"), py::arg("norm_bias"), py::arg("weight"),
                py::arg("bias"), py::arg("residual"), py::arg("out"), py::arg("gelu"), py::arg("threads"),
                py::arg("scales") = py::none());

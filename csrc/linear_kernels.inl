@@ -1,11 +1,11 @@
 // Linear layers of a few rows, compiled once per instruction set: define BARK_FAST_ISA and include.
 //
 // Memory decides: weights are read once, a few lines of them side by side, in pieces of some hundred columns; while one
-// piece is multiplied with all rows the next is fetched. A product is summed in fp32 in an order that depends on k alone,
-// not on the number of rows nor on the place of the output: W partial sums over each piece, the pieces in turn, and the
-// W sums by a fixed tree. 16-bit weights are widened: two fp32 fma of 16 products take half the time of one dpbf16ps
-// of 32 on Sapphire Rapids, and the rows need no rounding. On AMD's CPUs dpbf16ps takes the time of one fma: for them
-// bf16 is compiled by itself, its rows rounded to bf16 and multiplied in pairs.
+// piece is multiplied with all rows another, some KiB further on, is fetched. A product is summed in fp32 in an order that
+// depends on k alone, not on the number of rows nor on the place of the output: W partial sums over each piece, the pieces
+// in turn, and the W sums by a fixed tree. 16-bit weights are widened: two fp32 fma of 16 products take half the time of
+// one dpbf16ps of 32 on Sapphire Rapids, and the rows need no rounding. On AMD's CPUs dpbf16ps takes the time of one fma:
+// for them bf16 is compiled by itself, its rows rounded to bf16 and multiplied in pairs.
 #include <stdint.h>
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 says these of its own AVX-512 header
@@ -65,17 +65,19 @@ constexpr int kMostTileRows = 4;
 constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
-// 16-bit rows so few that memory is all they wait for: AMD's CPUs with AVX-512 follow a line from end to end faster than
-// when told what comes next. There the outputs are computed one by one, and nothing is asked for. Lines of int8 are so
-// short that several side by side come to their end before the next have arrived: one by one, they are asked for a
-// fixed distance ahead.
+// Rows so few that memory is all they wait for. AMD's CPUs with AVX-512 follow one line of 16-bit weights from end to end
+// faster than several, and lines of int8 are so short that several side by side come to their end before the next have
+// arrived: there the outputs are computed one by one.
 template <class T>
-constexpr int64_t kMostOneByOne = sizeof(T) == 1 ? 4 : W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed<T>) == 2 ? 2 : 1;
-constexpr int64_t kBytesAhead = 2048;
+constexpr int64_t kMostOneByOne = sizeof(T) == 1 ? 3 : W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed<T>) == 2 ? 3 : 1;
 template <class T>
 BARK_FAST_INLINE bool one_by_one(int64_t rows) {
     return rows <= kMostOneByOne<T> && (sizeof(T) == 1 || !intels_cpu);
 }
+
+// Weights asked for before those that are multiplied, the next ticket's as well: memory answers after some hundred
+// nanoseconds, and in the L2 there is room for more.
+constexpr int64_t kBytesAhead = 8 * 1024;
 
 // Rows are cut into tiles of about the same size.
 BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
@@ -192,7 +194,7 @@ constexpr bool kMayTurn = W == 16;
 
 // totals[r * O + o] = or += row r . line o over `columns` columns, W partial sums of it.
 template <int R, int O, class T>
-void dots(const Packed<T>* x, const T* const* lines, Fetch ahead, int64_t columns, bool first, Vec* totals) {
+void dots(const Packed<T>* x, const char* const* lines, Fetch ahead, int64_t columns, bool first, Vec* totals) {
     constexpr int64_t kBytes = kStep * static_cast<int64_t>(sizeof(T));
     Vec sums[R * O];
     const T* w[O];
@@ -201,7 +203,7 @@ void dots(const Packed<T>* x, const T* const* lines, Fetch ahead, int64_t column
     for (int i = 0; i < R * O; ++i) sums[i] = Vec{};
 #pragma GCC unroll 4
     for (int o = 0; o < O; ++o) {
-        w[o] = lines[o];
+        w[o] = reinterpret_cast<const T*>(lines[o]);
         fetch[o] = ahead.lines ? ahead.lines[o] : nullptr;
     }
     const auto multiply = [&](int64_t j, auto line) __attribute__((always_inline)) {
@@ -283,7 +285,7 @@ void dots(const Packed<T>* x, const T* const* lines, Fetch ahead, int64_t column
 }
 
 template <class T>
-using Dots = void (*)(const Packed<T>*, const T* const*, Fetch, int64_t, bool, Vec*);
+using Dots = void (*)(const Packed<T>*, const char* const*, Fetch, int64_t, bool, Vec*);
 
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
@@ -311,6 +313,12 @@ BARK_FAST_INLINE void finish(const Linear& call, int64_t row, int64_t first, int
     }
 }
 
+// A place in the weights: the lines of a ticket, and which of its blocks of outputs and pieces of columns.
+struct Walk {
+    const char* lines;
+    int64_t stride, block, piece;  // the stride in bytes
+};
+
 template <int O, class T, class Weight>
 BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed<Weight>* x, int64_t first, int64_t last, Ahead next) {
     const Weight* weight = static_cast<const Weight*>(call.weight);
@@ -323,41 +331,40 @@ BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed<Weight>* x, i
         for (Vec& total : totals) total = Vec{};
     // several tiles of rows do not fit in the L1 for all columns: one piece of them is taken through all blocks
     const bool by_piece = call.rows > tile, in_turns = kMayTurn && !intels_cpu;
-    const auto lines_of = [&](int64_t at, const Weight** lines) __attribute__((always_inline)) {
-        const int64_t b = by_piece ? at % blocks : at / pieces, p = by_piece ? at / blocks : at % pieces;
-        for (int o = 0; o < O; ++o) {
-            const int64_t line = first + b * O + o < last ? first + b * O + o : last - 1;
-            lines[o] = weight + line * call.weight_stride + p * piece;
+    constexpr int64_t kBytes = sizeof(Weight);
+    const auto lines_of = [&](const Walk& at, const char** lines) __attribute__((always_inline)) {
+        for (int64_t o = 0; o < O; ++o) {
+            const int64_t line = at.block * O + o < last - first ? at.block * O + o : last - first - 1;
+            lines[o] = at.lines + line * at.stride + at.piece * piece * kBytes;
         }
-        return b * pieces + p;
     };
-    const Weight* lines[O];
-    const Weight* following[O];
-    int64_t at = 0, place = 0;
-    if (pieces) {
-        place = lines_of(0, lines);
-        lines_of(0, following);
-    }
-    while (at < blocks * pieces) {
-        const char* ahead[O];
-        int64_t following_place = 0;
-        if (++at < blocks * pieces) following_place = lines_of(at, following);
-        for (int o = 0; o < O; ++o)
-            ahead[o] = at < blocks * pieces || !next.first ? reinterpret_cast<const char*>(following[o])
-                                                           : next.first + o * next.stride;
-        const int64_t b = place / pieces, p = place % pieces, from = p * piece;
+    const auto on = [&](Walk& at) __attribute__((always_inline)) {
+        int64_t& fast = by_piece ? at.block : at.piece;
+        int64_t& slow = by_piece ? at.piece : at.block;
+        if (++fast < (by_piece ? blocks : pieces)) return;
+        fast = 0;
+        if (++slow < (by_piece ? pieces : blocks)) return;
+        slow = 0;
+        if (next.first) at.lines = next.first, at.stride = next.stride;
+    };
+    Walk here{reinterpret_cast<const char*>(weight + first * call.weight_stride), call.weight_stride * kBytes, 0, 0};
+    Walk ahead = here;
+    if (pieces)
+        for (int64_t bytes = 0; bytes < kBytesAhead; bytes += O * piece * kBytes) on(ahead);
+    for (int64_t left = blocks * pieces; left; --left, on(here), on(ahead)) {
+        const char *lines[O], *fetched[O];
+        lines_of(here, lines);
+        lines_of(ahead, fetched);
+        const int64_t from = here.piece * piece;
         const int64_t columns = call.k - from < piece ? call.k - from : piece;
-        if (sizeof(Weight) == 1 && O == 1) ahead[0] = reinterpret_cast<const char*>(lines[0]) + kBytesAhead;
-        Fetch fetch{sizeof(Weight) > 1 && one_by_one<Weight>(call.rows) ? nullptr : ahead, 1, 0};
+        Fetch fetch{fetched, 1, 0};
         if (in_turns) fetch.every = static_cast<int>((call.rows + tile - 1) / tile);
         for (int64_t row = 0; row < call.rows; row += tile, ++fetch.turn) {
             if (row && !in_turns) fetch.lines = nullptr;
             const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
-            dots_for<O, Weight>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, p == 0,
-                                 totals + (b * call.rows + row) * O);
+            dots_for<O, Weight>(rows)(x + row * row_elements + from * rows, lines, fetch, columns, here.piece == 0,
+                                      totals + (here.block * call.rows + row) * O);
         }
-        for (int o = 0; o < O; ++o) lines[o] = following[o];
-        place = following_place;
     }
     const int64_t count = blocks * call.rows * O;
     float sums[kMostLinearRows * kLine], y[kMostLinearRows * kLine];

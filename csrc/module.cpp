@@ -77,6 +77,7 @@ void philox_uniform(uint64_t seed, uint32_t stream, uint32_t chunk, uint32_t fir
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled parts of bark_fast.";
+    m.attr("interface") = 1;  // raised with every change of a name or signature, here and in bark_fast/extension.py
     m.def("build_info", &build_info, "What this was built with: compiler, isas, cuda_archs, no_cuda (the reason).");
     bark_fast::bind_page_pool(m);
     bind_paged_kv(m);

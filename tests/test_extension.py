@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,8 +64,25 @@ def test_one_from_other_sources_is_not_used(forgetful, monkeypatch):
     assert not extension_backend().active and "build it again" in extension_backend().reason
 
 
+@pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
+def test_one_whose_functions_take_other_arguments_is_not_used(forgetful, monkeypatch):
+    monkeypatch.setattr(extension.load(), "interface", 0)
+    extension._attempt.cache_clear()
+    assert extension.load() is None
+    assert f"its interface is 0, not {extension.INTERFACE}" in extension.why_not()
+
+
+STUB = (Path(extension.__file__).parent / "_C.pyi").read_text(encoding="utf-8")
+
+
+def test_the_interface_has_another_number_after_each_change():
+    """Where this fails, raise `interface` in csrc/module.cpp and `INTERFACE`, and write the new hash here."""
+    signatures = "".join(STUB.split())
+    assert (extension.INTERFACE, sha256(signatures.encode()).hexdigest()[:16]) == (1, "40b000ec5a888121")
+
+
 def test_all_of_its_names_are_asked_for():
-    stub = ast.parse((Path(extension.__file__).parent / "_C.pyi").read_text(encoding="utf-8"))
+    stub = ast.parse(STUB)
     names = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     names |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     assert set(extension.NAMES) == names - {"BuildInfo"}  # which only the checker of types sees

@@ -17,7 +17,7 @@ from bark_fast.engine.kv_pool import KVPool
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Limits, Scheduler
 from bark_fast.engine.sequence import Sequence
-from bark_fast.engine.speculative_runner import MOST_ROWS, Odds, SpeculativeRunner
+from bark_fast.engine.speculative_runner import Odds, SpeculativeRunner, most_rows
 from bark_fast.errors import GenerationError, InvalidInput
 from bark_fast.modules.draft import DraftGPT
 from bark_fast.ops.dispatch import prefer
@@ -108,7 +108,13 @@ def decode(runner: SpeculativeRunner, noise: Any, count: int, rule: SamplingRule
     return sequence.drawn
 
 
-@pytest.mark.parametrize("count", range(1, 2 * MOST_ROWS[4]))
+@pytest.mark.parametrize("in_pairs, rows", [(True, 8), (False, 4)])
+def test_16_bits_have_fewer_rows_unless_they_are_multiplied_in_pairs(monkeypatch, in_pairs, rows):
+    monkeypatch.setattr(extension.load(), "bf16_in_pairs", lambda: in_pairs)
+    assert [most_rows(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [8, rows, 4]
+
+
+@pytest.mark.parametrize("count", range(1, 2 * most_rows(torch.float32)))
 def test_no_more_than_are_asked_for(suno_bark, count):
     runner = GuessingRunner(suno_bark.runner)
     tokens = decode(runner, PhiloxNoise(3, CPU), count)

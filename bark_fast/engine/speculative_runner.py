@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bark_fast import extension
 from bark_fast.config import GPTConfig
 from bark_fast.engine.held_noise import DrawnAhead, HeldNoise
 from bark_fast.engine.kv_pool import KVPool
@@ -28,14 +29,18 @@ from bark_fast.ops.dispatch import preferred
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.ops.sampling import INVALID_TOKEN
 
-MOST_ROWS = {4: 8, 2: 4}
-"""Rows of a step with guesses, by the bytes of a weight: more take longer to multiply than to fetch."""
-
 LEAST_BYTES = 64 << 20
 """Weights of a step from which on they come from memory, not from a cache."""
 
 GUESS, CHECK = 0.15, 0.2
 """In steps: what a guess takes beside reading its weights, and what all of them add to the step that checks."""
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of a step with guesses, of weights of this dtype: more take longer to multiply than to fetch."""
+    module = extension.load()
+    in_pairs = dtype == torch.bfloat16 and module is not None and module.bf16_in_pairs()
+    return 8 if dtype == torch.float32 or in_pairs else 4
 
 
 class Odds:
@@ -131,7 +136,7 @@ class SpeculativeRunner(EagerRunner):
     def _most_guesses(self, model: str, sequences: Items[Sequence]) -> list[int]:
         """How many tokens to guess for each sequence; none for any where that is not possible for all."""
         none = [0] * len(sequences)
-        room = MOST_ROWS[self.dtype.itemsize] // max(1, len(sequences)) - 1
+        room = most_rows(self.dtype) // max(1, len(sequences)) - 1
         if room < 1 or not all(_guessable(one, len(sequences)) for one in sequences):
             return none
         best = self.odds[model].best(room)
@@ -176,8 +181,9 @@ class SpeculativeRunner(EagerRunner):
     @staticmethod
     def _noise(seq: Sequence, step: int) -> Tensor:
         noise, work = seq.noise, seq.work
-        draw = noise.ahead if isinstance(noise, DrawnAhead) else noise.token
-        return draw(work.rule, work.chunk, seq.stream, step)
+        # `isinstance` of a protocol takes a quarter of what drawing does
+        drawn: Tensor = getattr(noise, "ahead", noise.token)(work.rule, work.chunk, seq.stream, step)
+        return drawn
 
 
 def _begin(pool: KVPool, sequences: Items[Sequence], most: list[int]) -> list[Run]:
