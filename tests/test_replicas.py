@@ -12,7 +12,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engine_load import CPU, BurstingRunner, SmallRunner, random_request, spoken_alone, tokens_of, wait_for_idle
+from engine_load import (
+    CPU,
+    BurstingRunner,
+    SmallRunner,
+    forever,
+    random_request,
+    spoken_alone,
+    tokens_of,
+    wait_for_idle,
+)
 
 from bark_fast import Bark, InvalidInput
 from bark_fast.device import pick_replicas
@@ -137,6 +146,37 @@ def test_who_leaves_holds_nothing_any_more(suno_bark, load, results, how):
     assert {thread for _, thread in seen} <= {threading.main_thread()}
 
 
+def test_who_leaves_takes_nobody_elses_along(suno_bark, load):
+    """Replicas number what they are given each for itself: another caller's may have the same number there."""
+    stuck = threading.Event()
+
+    class Stuck(SmallRunner):
+        def step(self, model, sequences):
+            assert stuck.wait(60)
+            return super().step(model, sequences)
+
+    pair, chosen, got = Pair(suno_bark, Stuck, second=Stuck), singles(load, 4), {}
+    staying = threading.Thread(
+        target=lambda: got.update((one.index, tokens_of(one)) for one in pair.engine.run(jobs(chosen[:3]))),
+        daemon=True,
+    )
+    staying.start()
+    while [worker.under_way for worker in pair.engine.workers] != [2, 1]:
+        time.sleep(0.01)
+
+    def one_and_no_more():
+        yield from jobs(chosen[3:])
+        assert [worker.under_way for worker in pair.engine.workers] == [2, 2]
+        stuck.set()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(pair.engine.run(one_and_no_more()))
+    staying.join(20)
+    assert got == {index: said for index, (_, said) in enumerate(chosen[:3])}
+    assert not pair.leaks()
+
+
 def test_ctrl_c_leaves_nothing(suno_bark, load):
     main = threading.main_thread().ident
 
@@ -187,6 +227,47 @@ def test_an_iterator_collected_in_a_workers_thread(suno_bark, load):
     for worker in pair.engine.workers:
         worker.settle()
     assert not pair.leaks()
+
+
+def begun_and_forgotten(engine, load):
+    """An iterator whose first utterance goes on for ever."""
+    running = engine.run([Utterance(forever(), PhiloxNoise(0, CPU)), *jobs(singles(load, 1))])
+    next(running)
+    return [running]
+
+
+def test_an_iterator_collected_in_a_workers_thread_between_rounds(suno_bark, load):
+    """There, too, nobody waits for himself."""
+    pair = Pair(suno_bark)
+    litter, worker = begun_and_forgotten(pair.engine, load), pair.engine.workers[0]
+    (number,) = worker.numbers(1)
+    worker.submit({number: jobs(singles(load, 1))[0]}, lambda outcome: litter.clear())
+    while litter:
+        time.sleep(0.01)
+    wait_for_idle()
+    assert not pair.leaks()
+
+
+def test_iterators_of_each_others_replicas_collected_in_rounds(suno_bark, load):
+    """Neither round waits for the other's to end, or both would for ever."""
+    both_in_rounds, litter = threading.Barrier(2), {}
+
+    class Collecting(SmallRunner):
+        other = ""
+
+        def step(self, model, sequences):
+            if self.other:
+                other, self.other = self.other, ""
+                both_in_rounds.wait(20)
+                litter[other].clear()
+            return super().step(model, sequences)
+
+    runners = {name: Collecting(suno_bark.runner) for name in "ab"}
+    for name, runner in runners.items():
+        litter[name] = begun_and_forgotten(Replicas([Scheduler(runner)]), load)
+    runners["a"].other, runners["b"].other = "b", "a"
+    wait_for_idle()
+    assert not any(runner.leaks() for runner in runners.values())
 
 
 @pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")

@@ -198,6 +198,24 @@ class TestOrder:
         list(scheduler.run([self.utterance(12), self.utterance(3, 1, long)]))
         assert fed[:6] == [[2, 62], [1, 64], [1, 64], [1, 64], [1, 46], [1, 1]]
 
+    def test_who_draws_draws_on_beside_an_older_ones_prompt(self, suno_bark):
+        """A prompt of the oldest may take all rows of a step that prompts may take; a draw is not one of them."""
+        fed = []
+
+        class Watched(SmallRunner):
+            def step(self, model, sequences):
+                fed.append([len(sequence.feed) for sequence in sequences])
+                return super().step(model, sequences)
+
+        def in_two_goes():
+            yield from self.decode(1)
+            return (yield Decode("coarse", long, RULE, 2)).tokens
+
+        scheduler = Scheduler(Watched(suno_bark.runner), limits=Limits(4, 64))
+        long = np.random.default_rng(0).integers(10_000, 11_000, 190)
+        list(scheduler.run([Utterance(in_two_goes(), PhiloxNoise(0, CPU)), self.utterance(6, 1)]))
+        assert fed[:5] == [[2, 2], [64, 1], [64, 1], [62, 1], [1, 1]]
+
     def test_the_iterable_is_asked_only_as_places_become_free(self, suno_bark):
         asked = []
 
