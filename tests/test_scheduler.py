@@ -27,7 +27,7 @@ from engine_load import (
 
 from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.python_page_pool import PythonPagePool
-from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utterance
+from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utterance, leads
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import GenerationError, OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
@@ -199,7 +199,7 @@ class TestOrder:
         assert fed[:6] == [[2, 62], [1, 64], [1, 64], [1, 64], [1, 46], [1, 1]]
 
     def test_who_draws_draws_on_beside_an_older_ones_prompt(self, suno_bark):
-        """A prompt of the oldest may take all rows of a step that prompts may take; a draw is not one of them."""
+        """The oldest's prompt may take all rows that prompts may take in a step; a draw is none of them."""
         fed = []
 
         class Watched(SmallRunner):
@@ -227,7 +227,7 @@ class TestOrder:
         running = Scheduler(SmallRunner(suno_bark.runner), max_batch=3).run(endless())
         for count in range(1, 300):
             next(running)
-            assert len(asked) <= count + 3
+            assert len(asked) <= count + 2  # three places, of which one has just become free
         running.close()
 
     def test_the_oldest_is_never_held_up(self, suno_bark):
@@ -250,6 +250,18 @@ class TestOrder:
             session.add([(0, self.utterance(10, prompt=range(10_000, 10_015)))])
             ended += session.wait()
             session.add([(1, self.utterance(3, 1))])
+            while session.pending:
+                ended += session.wait()
+        assert [outcome.index for outcome in ended] == [0, 1]
+        assert scheduler.rounds.admission.preemptions == 0
+
+    def test_who_begins_has_room_for_what_it_draws(self, suno_bark):
+        """4 pages: the first holds 2 and wants a third later; a prompt that fills the last goes no further."""
+        scheduler, ended = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 4})), []
+        with Session(scheduler) as session:
+            session.add([(0, self.utterance(25, prompt=range(10_000, 10_017)))])
+            ended += session.wait()
+            session.add([(1, self.utterance(18, 1, range(10_100, 10_116)))])
             while session.pending:
                 ended += session.wait()
         assert [outcome.index for outcome in ended] == [0, 1]
@@ -652,6 +664,12 @@ def test_a_forgotten_iterator_gives_everything_back(suno_bark, load):
     assert runner.leaks()
     del running
     assert not runner.leaks()
+
+
+def test_who_led_a_round_leads_no_more(suno_bark, load):
+    """Or what this thread leaves behind in another's round would not be waited for."""
+    list(Scheduler(SmallRunner(suno_bark.runner)).run([five(load)[0][0].utterances()[0]]))
+    assert not leads()
 
 
 def test_iterators_of_each_others_models_collected_in_rounds(suno_bark, load):

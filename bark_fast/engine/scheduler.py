@@ -115,12 +115,11 @@ class Scheduler(Generic[T]):
         with self._lock:
             self._leaving.append(leaving)
             while leaving in self._leaving:
-                # a forgotten iterator, collected in the midst of a round or of letting others go
-                if self._letting_go or self._leader == get_ident():
+                if self._letting_go:  # a forgotten iterator, collected in the midst of it
                     return
                 if self._leader is None:
                     self._let_go()
-                elif leads():  # a round of another model's: ours are let go of all the same
+                elif leads():  # collected in a round, of this model or another: ours are let go of all the same
                     return
                 else:  # the one at work lets go of everybody who leaves before it begins another round
                     self._turn.wait(WAKE_UP)
