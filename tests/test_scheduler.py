@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import deque
 from contextlib import nullcontext
+from dataclasses import replace
 from queue import Queue
 
 import numpy as np
@@ -21,6 +22,7 @@ from engine_load import (
     SmallRunner,
     forever,
     random_request,
+    random_voice,
     spoken_alone,
     tokens_of,
 )
@@ -664,6 +666,35 @@ def test_a_forgotten_iterator_gives_everything_back(suno_bark, load):
     assert runner.leaks()
     del running
     assert not runner.leaks()
+
+
+def test_one_text_in_several_voices_at_once(suno_bark):
+    """Their prompts have the same tokens, to whose embeddings each voice adds its own: no pages are shared."""
+    request = random_request(np.random.default_rng(6))
+    voices = {len(v.semantic): v for v in map(random_voice, map(np.random.default_rng, range(20))) if v}
+    requests = [replace(request, voice=voice) for voice in (*voices.values(), None)]
+    alone = [spoken_alone(suno_bark.runner, one)[0] for one in requests]
+    assert len(requests) == len({str(said) for said in alone}) == 3
+    scheduler = Scheduler(
+        SmallRunner(suno_bark.runner), limits=Limits(prefill_rows=25)
+    )  # one begins, then another
+    outcomes = scheduler.run(one.utterances()[0] for one in requests)
+    assert [tokens_of(one) for one in sorted(outcomes, key=lambda one: one.index)] == alone
+
+
+def test_waiting_inside_of_the_work_is_an_error(suno_bark, load):
+    class Waiting(SmallRunner):
+        def step(self, model, sequences):
+            return list(scheduler.run(one_more()))
+
+    def one_more():
+        return [five(load)[0][0].utterances()[0]]
+
+    scheduler, outcomes = Scheduler(Waiting(suno_bark.runner)), []
+    thread = threading.Thread(target=lambda: outcomes.extend(scheduler.run(one_more())), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert ["from inside the work on it" in str(outcome.error) for outcome in outcomes] == [True]
 
 
 def test_who_led_a_round_leads_no_more(suno_bark, load):
