@@ -17,7 +17,7 @@ from bark_fast.engine.sequence import common_prefix
 from bark_fast.errors import GenerationError
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.sampling import SamplingRule
-from bark_fast.work import Decode, Vocode
+from bark_fast.work import Decode, FinePass, Vocode
 
 TEXTS = ["One.", "Two, and somewhat longer.", "Three!", "Four: a longer sentence, to be sure.", "Five"]
 
@@ -273,6 +273,21 @@ class TestFailures:
         outcomes = list(Scheduler(runner, limits=Limits(waveforms=2)).run(jobs))
         assert sorted(calls) == [1, 2, 2]
         assert len({outcome.result.tobytes() for outcome in outcomes}) == 5
+
+    def test_no_more_fine_windows_at_once_than_there_is_memory_for(self, runner, monkeypatch):
+        calls = []
+        fine = runner.fine
+        monkeypatch.setattr(
+            runner, "fine", lambda passes, noise: calls.append(len(passes)) or fine(passes, noise)
+        )
+
+        def one(code):
+            return (yield FinePass(np.full((32, 8), code), 2, 0, 0.0, 1024))
+
+        jobs = [Utterance(one(code), PhiloxNoise(0, runner.device)) for code in range(5)]
+        outcomes = list(Scheduler(runner, limits=Limits(fine_windows=2)).run(jobs))
+        assert sorted(calls) == [1, 2, 2]
+        assert [len(outcome.result) for outcome in outcomes] == [32] * 5
 
     @pytest.mark.parametrize("when", ["interrupt", "close"])
     def test_leaving_early_gives_everything_back(self, runner, when):

@@ -30,6 +30,7 @@ from engine_load import (
 from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.python_page_pool import PythonPagePool
 from bark_fast.engine.scheduler import Limits, Outcome, Scheduler, Session, Utterance, leads
+from bark_fast.engine.utterance import Active
 from bark_fast.engine.worker import Worker
 from bark_fast.errors import GenerationError, OutOfPages
 from bark_fast.ops.noise import PhiloxNoise, TorchNoise
@@ -617,6 +618,29 @@ def test_who_enters_waits_while_others_are_dropped(suno_bark):
             assert entering.is_alive() and not scheduler.rounds.waiting
         entering.join(20)
         assert len(scheduler.rounds.waiting) == 1
+
+
+def test_an_interrupt_between_the_last_token_and_its_answer(suno_bark, monkeypatch):
+    """Its pages are in doubt and given back; nothing is left to feed, and it must be answered all the same."""
+    interrupts = iter([KeyboardInterrupt])
+    settle = Active.settle
+
+    def interrupted(one):
+        for interrupt in interrupts:
+            raise interrupt
+        settle(one)
+
+    monkeypatch.setattr(Active, "settle", interrupted)
+    runner, ended = SmallRunner(suno_bark.runner), []
+    with Session(Scheduler(runner)) as session:
+        session.add([(0, TestOrder().utterance(5))])
+        with pytest.raises(KeyboardInterrupt):
+            while not ended:
+                ended += session.wait()
+        for _ in range(3):
+            ended += session.wait()
+    assert [len(outcome.result) for outcome in ended] == [5]
+    assert not runner.leaks()
 
 
 def test_an_interrupt_while_somebody_is_admitted_loses_nobody(suno_bark, load):
