@@ -71,6 +71,26 @@ def runner_of(kind: type[EagerRunner], bark: Bark, device: str = "cpu", sequence
     return runner
 
 
+class CollectingRunner(SmallRunner):
+    """In a step, when another such runner is in one, drops the litter it was given.
+
+    As the garbage collector may at any place.
+    """
+
+    litter: list[Any] | None = None
+
+    def __init__(self, runner: EagerRunner, both_in_steps: threading.Barrier) -> None:
+        super().__init__(runner)
+        self.both_in_steps = both_in_steps
+
+    def step(self, model, sequences):
+        if self.litter is not None:
+            litter, self.litter = self.litter, None
+            self.both_in_steps.wait(20)
+            litter.clear()
+        return super().step(model, sequences)
+
+
 @dataclass(frozen=True)
 class Spoken:
     """A request, for an utterance or a group of utterances that wait for each other."""

@@ -15,6 +15,7 @@ import torch
 from engine_load import (
     CPU,
     BurstingRunner,
+    CollectingRunner,
     SmallRunner,
     forever,
     random_request,
@@ -62,6 +63,18 @@ class Pair:
         return [leak for runner in self.runners if (leak := runner.leaks())]
 
 
+def runner_that_waits():
+    """A kind of runner whose steps wait, and the event they wait for."""
+    goes_on = threading.Event()
+
+    class Stuck(SmallRunner):
+        def step(self, model, sequences):
+            assert goes_on.wait(60)
+            return super().step(model, sequences)
+
+    return Stuck, goes_on
+
+
 def singles(load, count):
     """The first so many that are neither groups nor errors, and what they say."""
     return [(r, alone[0]) for r, alone in load if len(alone) == 1 and not isinstance(alone[0], str)][:count]
@@ -86,13 +99,7 @@ def test_60_requests_say_what_each_says_alone(suno_bark, load, pages, kind):
 
 def test_a_text_goes_where_the_fewest_are_under_way(suno_bark, load):
     """A replica that is stuck keeps its two; the other one speaks all the rest."""
-    stuck = threading.Event()
-
-    class Stuck(SmallRunner):
-        def step(self, model, sequences):
-            assert stuck.wait(60)
-            return super().step(model, sequences)
-
+    Stuck, stuck = runner_that_waits()
     pair, chosen = Pair(suno_bark, Stuck, utterances=2), singles(load, 12)
     running = pair.engine.run(jobs(chosen))
     try:
@@ -148,13 +155,7 @@ def test_who_leaves_holds_nothing_any_more(suno_bark, load, results, how):
 
 def test_who_leaves_takes_nobody_elses_along(suno_bark, load):
     """Replicas number what they are given each for itself: another caller's may have the same number there."""
-    stuck = threading.Event()
-
-    class Stuck(SmallRunner):
-        def step(self, model, sequences):
-            assert stuck.wait(60)
-            return super().step(model, sequences)
-
+    Stuck, stuck = runner_that_waits()
     pair, chosen, got = Pair(suno_bark, Stuck, second=Stuck), singles(load, 4), {}
     staying = threading.Thread(
         target=lambda: got.update((one.index, tokens_of(one)) for one in pair.engine.run(jobs(chosen[:3]))),
@@ -250,24 +251,12 @@ def test_an_iterator_collected_in_a_workers_thread_between_rounds(suno_bark, loa
 
 def test_iterators_of_each_others_replicas_collected_in_rounds(suno_bark, load):
     """Neither round waits for the other's to end, or both would for ever."""
-    both_in_rounds, litter = threading.Barrier(2), {}
-
-    class Collecting(SmallRunner):
-        other = ""
-
-        def step(self, model, sequences):
-            if self.other:
-                other, self.other = self.other, ""
-                both_in_rounds.wait(20)
-                litter[other].clear()
-            return super().step(model, sequences)
-
-    runners = {name: Collecting(suno_bark.runner) for name in "ab"}
-    for name, runner in runners.items():
-        litter[name] = begun_and_forgotten(Replicas([Scheduler(runner)]), load)
-    runners["a"].other, runners["b"].other = "b", "a"
+    both_in_rounds = threading.Barrier(2)
+    runners = [CollectingRunner(suno_bark.runner, both_in_rounds) for _ in range(2)]
+    litter = [begun_and_forgotten(Replicas([Scheduler(runner)]), load) for runner in runners]
+    runners[0].litter, runners[1].litter = reversed(litter)
     wait_for_idle()
-    assert not any(runner.leaks() for runner in runners.values())
+    assert not any(runner.leaks() for runner in runners)
 
 
 @pytest.mark.filterwarnings("ignore:a batch of:RuntimeWarning")

@@ -19,6 +19,7 @@ from engine_load import (
     PAGES_OF_ONE,
     RULE,
     BurstingRunner,
+    CollectingRunner,
     SmallRunner,
     forever,
     random_request,
@@ -178,6 +179,18 @@ def test_the_pool_in_python_does_as_well(suno_bark, load, monkeypatch):
     assert not runner.leaks()
 
 
+class Watched(SmallRunner):
+    """Notes how many tokens each sequence feeds, step by step."""
+
+    def __init__(self, runner):
+        super().__init__(runner)
+        self.fed = []
+
+    def step(self, model, sequences):
+        self.fed.append([len(sequence.feed) for sequence in sequences])
+        return super().step(model, sequences)
+
+
 class TestOrder:
     def decode(self, n, prompt=(10_500, 10_600)):
         """One decode of n tokens."""
@@ -187,37 +200,37 @@ class TestOrder:
         """As something to run."""
         return Utterance(self.decode(n, prompt), PhiloxNoise(seed, CPU))
 
+    def one_round_later(self, scheduler, first, second):
+        """Who ends when, of two the second of which comes when the first has been in a round."""
+        ended = []
+        with Session(scheduler) as session:
+            session.add([(0, first)])
+            ended += session.wait()
+            session.add([(1, second)])
+            while session.pending:
+                ended += session.wait()
+        return [outcome.index for outcome in ended]
+
     def test_a_long_prompt_holds_nobody_up(self, suno_bark):
         """Who draws draws on in every round while a newcomer's prompt is fed piece by piece."""
-        fed = []
-
-        class Watched(SmallRunner):
-            def step(self, model, sequences):
-                fed.append([len(sequence.feed) for sequence in sequences])
-                return super().step(model, sequences)
-
-        scheduler = Scheduler(Watched(suno_bark.runner), limits=Limits(4, 64))
+        runner = Watched(suno_bark.runner)
+        scheduler = Scheduler(runner, limits=Limits(4, 64))
         long = np.random.default_rng(0).integers(10_000, 11_000, 300)
         list(scheduler.run([self.utterance(12), self.utterance(3, 1, long)]))
-        assert fed[:6] == [[2, 62], [1, 64], [1, 64], [1, 64], [1, 46], [1, 1]]
+        assert runner.fed[:6] == [[2, 62], [1, 64], [1, 64], [1, 64], [1, 46], [1, 1]]
 
     def test_who_draws_draws_on_beside_an_older_ones_prompt(self, suno_bark):
         """The oldest's prompt may take all rows that prompts may take in a step; a draw is none of them."""
-        fed = []
-
-        class Watched(SmallRunner):
-            def step(self, model, sequences):
-                fed.append([len(sequence.feed) for sequence in sequences])
-                return super().step(model, sequences)
+        runner = Watched(suno_bark.runner)
 
         def in_two_goes():
             yield from self.decode(1)
             return (yield Decode("coarse", long, RULE, 2)).tokens
 
-        scheduler = Scheduler(Watched(suno_bark.runner), limits=Limits(4, 64))
+        scheduler = Scheduler(runner, limits=Limits(4, 64))
         long = np.random.default_rng(0).integers(10_000, 11_000, 190)
         list(scheduler.run([Utterance(in_two_goes(), PhiloxNoise(0, CPU)), self.utterance(6, 1)]))
-        assert fed[:5] == [[2, 2], [64, 1], [64, 1], [62, 1], [1, 1]]
+        assert runner.fed[:5] == [[2, 2], [64, 1], [64, 1], [62, 1], [1, 1]]
 
     def test_the_iterable_is_asked_only_as_places_become_free(self, suno_bark):
         asked = []
@@ -248,26 +261,17 @@ class TestOrder:
 
     def test_who_begins_leaves_a_page_for_who_draws(self, suno_bark):
         """Two pages: a newcomer who took the second would have to give it back as soon as the first is full."""
-        scheduler, ended = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 2})), []
-        with Session(scheduler) as session:
-            session.add([(0, self.utterance(10, prompt=range(10_000, 10_015)))])
-            ended += session.wait()
-            session.add([(1, self.utterance(3, 1))])
-            while session.pending:
-                ended += session.wait()
-        assert [outcome.index for outcome in ended] == [0, 1]
+        scheduler = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 2}))
+        first, second = self.utterance(10, prompt=range(10_000, 10_015)), self.utterance(3, 1)
+        assert self.one_round_later(scheduler, first, second) == [0, 1]
         assert scheduler.rounds.admission.preemptions == 0
 
     def test_who_begins_has_room_for_what_it_draws(self, suno_bark):
         """4 pages: the first holds 2 and wants a third later; a prompt that fills the last goes no further."""
-        scheduler, ended = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 4})), []
-        with Session(scheduler) as session:
-            session.add([(0, self.utterance(25, prompt=range(10_000, 10_017)))])
-            ended += session.wait()
-            session.add([(1, self.utterance(18, 1, range(10_100, 10_116)))])
-            while session.pending:
-                ended += session.wait()
-        assert [outcome.index for outcome in ended] == [0, 1]
+        scheduler = Scheduler(SmallRunner(suno_bark.runner, {"coarse": 4}))
+        first = self.utterance(25, prompt=range(10_000, 10_017))
+        second = self.utterance(18, 1, range(10_100, 10_116))
+        assert self.one_round_later(scheduler, first, second) == [0, 1]
         assert scheduler.rounds.admission.preemptions == 0
 
     def test_who_begins_leaves_pages_for_prompts_fed_in_part(self, suno_bark):
@@ -699,9 +703,8 @@ def test_one_text_in_several_voices_at_once(suno_bark):
     requests = [replace(request, voice=voice) for voice in (*voices.values(), None)]
     alone = [spoken_alone(suno_bark.runner, one)[0] for one in requests]
     assert len(requests) == len({str(said) for said in alone}) == 3
-    scheduler = Scheduler(
-        SmallRunner(suno_bark.runner), limits=Limits(prefill_rows=25)
-    )  # one begins, then another
+    one_by_one = Limits(prefill_rows=25)  # when the second begins, the first has fed its prompt
+    scheduler = Scheduler(SmallRunner(suno_bark.runner), limits=one_by_one)
     outcomes = scheduler.run(one.utterances()[0] for one in requests)
     assert [tokens_of(one) for one in sorted(outcomes, key=lambda one: one.index)] == alone
 
@@ -731,25 +734,14 @@ def test_iterators_of_each_others_models_collected_in_rounds(suno_bark, load):
     """Neither leader waits for the other's round to end, or both would for ever."""
     both_in_rounds = threading.Barrier(2)
     forgotten: dict[str, list[object]] = {}
-
-    class Collecting(SmallRunner):
-        other = ""
-
-        def step(self, model, sequences):
-            if self.other:
-                other, self.other = self.other, ""
-                both_in_rounds.wait(20)
-                forgotten[other].clear()  # what the garbage collector may do at any place
-            return super().step(model, sequences)
-
-    runners = {name: Collecting(suno_bark.runner) for name in "ab"}
+    runners = {name: CollectingRunner(suno_bark.runner, both_in_rounds) for name in "ab"}
     schedulers = {name: Scheduler(runner) for name, runner in runners.items()}
     for name, scheduler in schedulers.items():
         running = scheduler.run(request.utterances()[0] for request, _ in five(load))
         next(running)
         forgotten[name] = [running]
         del running
-    runners["a"].other, runners["b"].other = "b", "a"
+    runners["a"].litter, runners["b"].litter = forgotten["b"], forgotten["a"]
     spoken: dict[str, list[object]] = {}
 
     def speak(name):

@@ -181,9 +181,8 @@ class SpeculativeRunner(EagerRunner):
     @staticmethod
     def _noise(seq: Sequence, step: int) -> Tensor:
         noise, work = seq.noise, seq.work
-        # `isinstance` of a protocol takes a quarter of what drawing does
-        drawn: Tensor = getattr(noise, "ahead", noise.token)(work.rule, work.chunk, seq.stream, step)
-        return drawn
+        draw = noise.ahead if isinstance(noise, DrawnAhead) else noise.token
+        return draw(work.rule, work.chunk, seq.stream, step)
 
 
 def _begin(pool: KVPool, sequences: Items[Sequence], most: list[int]) -> list[Run]:
