@@ -66,13 +66,18 @@ constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
 // Rows so few that memory is all they wait for. AMD's CPUs with AVX-512 follow one line of 16-bit weights from end to end
-// faster than several, and lines of int8 are so short that several side by side come to their end before the next have
-// arrived: there the outputs are computed one by one.
+// faster than several, Zen 5 any line, and lines of int8 are so short that several side by side come to their end before
+// the next have arrived: there the outputs are computed one by one.
 template <class T>
-constexpr int64_t kMostOneByOne = sizeof(T) == 1 ? 3 : W < 16 || sizeof(T) == 4 ? 0 : sizeof(Packed<T>) == 2 ? 3 : 1;
+constexpr int64_t most_one_by_one(bool zen5) {
+    if (sizeof(T) == 1) return 3;
+    if (W < 16) return 0;
+    if (sizeof(Packed<T>) == 2) return zen5 ? 5 : 3;
+    return zen5 ? 3 : sizeof(T) == 2 ? 1 : 0;
+}
 template <class T>
 BARK_FAST_INLINE bool one_by_one(int64_t rows) {
-    return rows <= kMostOneByOne<T> && (sizeof(T) == 1 || !intels_cpu);
+    return rows <= most_one_by_one<T>(fetch_near) && (sizeof(T) == 1 || !intels_cpu);
 }
 
 // Weights asked for before those that are multiplied, the next ticket's as well: memory answers after some hundred
@@ -265,7 +270,7 @@ void dots(const Packed<T>* x, const char* const* lines, Fetch ahead, int64_t col
         else
             fetching(level, Part<0>());
     };
-    if (ahead.lines && sizeof(T) <= 2 && fetch_near) {
+    if (ahead.lines && fetch_near) {
         at_level(Level<3>());
     } else if (ahead.lines) {
         at_level(Level<2>());
@@ -290,7 +295,7 @@ using Dots = void (*)(const Packed<T>*, const char* const*, Fetch, int64_t, bool
 template <int O, class T, int R = kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
     // a tile has about as many rows as the others of its call
-    if constexpr (O == 1 ? R <= kMostOneByOne<T> : outputs_beside(R) == O || outputs_beside(R + 3) == O)
+    if constexpr (O == 1 ? R <= most_one_by_one<T>(true) : outputs_beside(R) == O || outputs_beside(R + 3) == O)
         if (rows == R) return dots<R, O, T>;
     if constexpr (R > 1) return dots_for<O, T, R - 1>(rows);
     return nullptr;

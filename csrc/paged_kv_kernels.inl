@@ -23,30 +23,32 @@ namespace {
 
 constexpr float kNone = -__builtin_inff();
 
-// Keys between two updates of the running maximum: K and V of one block fit in a 48 KB L1 together.
-template <int D, class T>
-constexpr int kBlock = D * static_cast<int>(sizeof(T)) < 128 ? 128 : 16384 / (D * static_cast<int>(sizeof(T)));
+// Keys between two updates of the running maximum: so many that those cost little, and so few that K and V of one block
+// and K of the next fit in the L1 together.
+template <int D>
+constexpr int kBlock = 4096 / D;
 
 template <int D, class T>
 struct Block {  // where the keys and values of some tokens of one head lie, a tile at a time
     int tiles = 0;
-    const T* k[kBlock<D, T> / kTile];
-    const T* v[kBlock<D, T> / kTile];
+    const T* k[kBlock<D> / kTile];
+    const T* v[kBlock<D> / kTile];
 };
 
-// Asks for a tile. Pages are too short for the hardware to see a stream; while keys are scored their values arrive, and
-// while values are summed the next block's keys do.
-template <int D, class T>
-BARK_FAST_INLINE void fetch_tile(const T* tile) {
-    const char* p = reinterpret_cast<const char*>(tile);
-    constexpr int kBytes = kTile * D * static_cast<int>(sizeof(T));
-    // 32-bit numbers into Intel's L1, too, by measurement
-    if (fetch_near || (sizeof(T) == 4 && intels_cpu)) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 3);
-    } else {
-#pragma GCC unroll 8
-        for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+// Asks for the lines that begin in p[at, at + N), unless p is null. Pages are too short for the hardware to see a
+// stream: while keys are scored their values arrive, and while values are summed the next block's keys do. A whole tile
+// asked for at once would hold up the loads behind it.
+template <int N, class T>
+BARK_FAST_INLINE void fetch(const T* p, int64_t at) {
+    constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+    if (!p || (N < kLine && at % kLine)) return;
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i += kLine) {
+        // 32-bit numbers into Intel's L1, too, by measurement
+        if (fetch_near || (sizeof(T) == 4 && intels_cpu))
+            __builtin_prefetch(p + at + i, 0, 3);
+        else
+            __builtin_prefetch(p + at + i, 0, 2);
     }
 }
 
@@ -58,7 +60,7 @@ struct Query {
 #pragma GCC unroll 16
         for (int j = 0; j < D / (2 * W); ++j) load2(q + 2 * W * j, v[2 * j], v[2 * j + 1]);
     }
-    BARK_FAST_INLINE Vec dots(const Query& q, const T* k) {  // q . k[t] of W consecutive tokens
+    BARK_FAST_INLINE Vec dots(const Query& q, const T* k, const T* ahead) {  // q . k[t] of W consecutive tokens
         Vec sums[W];
 #pragma GCC unroll 16
         for (int t = 0; t < W; ++t) sums[t] = Vec{};
@@ -67,6 +69,7 @@ struct Query {
 #pragma GCC unroll 16
             for (int t = 0; t < W; ++t) {
                 Vec a, b;
+                fetch<2 * W>(ahead, t * D + 2 * W * j);
                 load2(k + t * D + 2 * W * j, a, b);
                 sums[t] = fma(a, q.v[2 * j], sums[t]);
                 sums[t] = fma(b, q.v[2 * j + 1], sums[t]);
@@ -83,15 +86,17 @@ struct Query<D, Brain> {
     void read(const Brain* q) {
         for (int j = 0; j < D / 32; ++j) v[j] = (Vec)load_bits(q + 32 * j);
     }
-    BARK_FAST_INLINE Vec dots(const Query& q, const Brain* k) {
+    BARK_FAST_INLINE Vec dots(const Query& q, const Brain* k, const Brain* ahead) {
         Vec sums[W];
 #pragma GCC unroll 16
         for (int t = 0; t < W; ++t) sums[t] = Vec{};
 #pragma GCC unroll 4
         for (int j = 0; j < D / 32; ++j) {
 #pragma GCC unroll 16
-            for (int t = 0; t < W; ++t)
+            for (int t = 0; t < W; ++t) {
+                fetch<32>(ahead, t * D + 32 * j);
                 sums[t] = fma_pairs((Vec)load_bits(k + t * D + 32 * j), q.v[j], sums[t]);
+            }
         }
         return sum_each(sums);
     }
@@ -121,14 +126,21 @@ BARK_FAST_INLINE void add_values(const Block<D, T>& block, const Block<D, T>* ne
         };
         for (int t0 = 0; t0 < n; t0 += kTile) {
             const T* v = block.v[t0 / kTile];
-            if (next && c == 0 && t0 / kTile < next->tiles) fetch_tile<D>(next->k[t0 / kTile]);
+            const T* ahead = next && c == 0 && t0 / kTile < next->tiles ? next->k[t0 / kTile] : nullptr;
             const int count = n - t0 < kTile ? n - t0 : kTile;
             int t = 0;
             for (; t + kSets <= count; t += kSets) {
 #pragma GCC unroll 8
-                for (int s = 0; s < kSets; ++s) add(s, v + (t + s) * D, p[t0 + t + s]);
+                for (int s = 0; s < kSets; ++s) {
+                    fetch<D>(ahead, (t + s) * D);
+                    add(s, v + (t + s) * D, p[t0 + t + s]);
+                }
             }
-            for (; t < count; ++t) add(0, v + t * D, p[t0 + t]);
+            for (; t < count; ++t) {
+                fetch<D>(ahead, t * D);
+                add(0, v + t * D, p[t0 + t]);
+            }
+            for (; ahead && t < kTile; ++t) fetch<D>(ahead, t * D);
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kVecs; ++i) {
@@ -150,13 +162,13 @@ struct Row {  // running softmax of one query row
 template <int D, class T>
 BARK_FAST_INLINE void step(const Query<D, T>& q, const Block<D, T>& block, const Block<D, T>* next, int n, float scale,
                            Row<D>& row) {
-    alignas(64) float p[kBlock<D, T>];
+    alignas(64) float p[kBlock<D>];
     const int tiles = (n + kTile - 1) / kTile;
     Vec best = splat(kNone);
     for (int tile = 0; tile < tiles; ++tile) {
-        if (next) fetch_tile<D>(block.v[tile]);
         for (int t = 0; t < kTile; t += W) {
-            const Vec s = Query<D, T>::dots(q, block.k[tile] + t * D) * scale;
+            const T* ahead = next ? block.v[tile] + t * D : nullptr;
+            const Vec s = Query<D, T>::dots(q, block.k[tile] + t * D, ahead) * scale;
             store(p + tile * kTile + t, s);
             // the tail of the last tile belongs to nobody yet
             if ((tile + 1) * kTile <= n) best = larger(best, s);
@@ -211,7 +223,7 @@ void attend(const Attention& call, const Unit& unit) {
     const auto find = [&](const Unit& of, int32_t first, Block<D, T>& block) {
         const int32_t* table = call.block_table + of.seq * call.table_stride;
         const int64_t head_offset = page_offset(call.pages, 0, of.head, 0);
-        const int32_t last = first + kBlock<D, T> < of.last_key ? first + kBlock<D, T> : of.last_key;
+        const int32_t last = first + kBlock<D> < of.last_key ? first + kBlock<D> : of.last_key;
         block.tiles = 0;
         for (int32_t t = first; t < last; t += kTile, ++block.tiles) {
             const int32_t tile = t / kTile;
@@ -223,8 +235,8 @@ void attend(const Attention& call, const Unit& unit) {
     };
     Block<D, T> blocks[2];
     find(unit, unit.first_key, blocks[0]);
-    for (int32_t first = unit.first_key, at = 0; first < unit.last_key; first += kBlock<D, T>, at ^= 1) {
-        const int32_t last = first + kBlock<D, T> < unit.last_key ? first + kBlock<D, T> : unit.last_key;
+    for (int32_t first = unit.first_key, at = 0; first < unit.last_key; first += kBlock<D>, at ^= 1) {
+        const int32_t last = first + kBlock<D> < unit.last_key ? first + kBlock<D> : unit.last_key;
         const Block<D, T>& block = blocks[at];
         if (last == unit.last_key && unit.next)
             find(*unit.next, unit.next->first_key, blocks[at ^ 1]);
