@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -35,3 +37,16 @@ def make_bar(**options: Any) -> Any:
     from tqdm import tqdm
 
     return tqdm(file=_Stderr(), disable=sys.stderr is None, **options)
+
+
+def hidden_hub_bar(download: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that keep a download of huggingface_hub's from showing its bar; none where it takes none yet."""
+    if "tqdm_class" not in inspect.signature(download).parameters:
+        return {}
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+    return {"tqdm_class": Silent}

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bark_fast.audio import Audio, ratio_fits
+from bark_fast.bars import hidden_hub_bar
 from bark_fast.config import Layout
 from bark_fast.errors import InvalidVoice
 from bark_fast.work import IntArray
@@ -146,11 +147,12 @@ class VoiceLibrary:
                         yield name
 
     def _download(self, file: str) -> Path:
-        import huggingface_hub
+        from huggingface_hub import hf_hub_download
 
         assert self._hub_id is not None
+        bar = hidden_hub_bar(hf_hub_download)  # of some KB
         try:
-            return Path(huggingface_hub.hf_hub_download(self._hub_id, file, revision=self._revision))
+            return Path(hf_hub_download(self._hub_id, file, revision=self._revision, **bar))
         except Exception as error:  # no connection, no such file, full disk: dozens of types in three packages
             raise _NotDownloaded(
                 f"cannot download {file} of {self._hub_id}: {_reason(error)}; "

@@ -301,7 +301,7 @@ class TestLibrary:
         refused("v2/en_speaker_12", VoiceLibrary(), "'v2/en_speaker_1'", "bark.voices.names()")
         refused("anouncer", VoiceLibrary(), "'announcer'")
 
-    def test_the_hub_is_asked_last_and_only_for_what_is_needed(self, tmp_path, monkeypatch):
+    def test_the_hub_is_asked_last_and_only_for_what_is_needed(self, tmp_path, monkeypatch, capsys):
         import huggingface_hub
 
         folder = save_embeddings(tmp_path / "hub", {"v2/a": arrays(), "v2/b": arrays(seed=1)})
@@ -310,8 +310,9 @@ class TestLibrary:
         np.savez(local / "mine.npz", **arrays(seed=2))
         asked = []
 
-        def download(repo_id, filename, revision):
+        def download(repo_id, filename, revision, tqdm_class):
             assert revision is None
+            assert list(tqdm_class([1])) == [1]
             asked.append((repo_id, filename))
             return str(folder / filename)
 
@@ -325,6 +326,7 @@ class TestLibrary:
         assert asked == [("suno/bark", name) for name in ["speaker_embeddings_path.json", *wanted]]
         assert library.names() == ["mine", "v2/a", "v2/b"]
         refused("v2/c", library, "'v2/a'")
+        assert capsys.readouterr().err == ""  # no bars
 
     def test_the_hub_is_asked_for_the_commit_of_the_weights(self, tmp_path, monkeypatch):
         import huggingface_hub

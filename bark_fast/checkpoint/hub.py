@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from bark_fast.bars import hidden_hub_bar
 from bark_fast.checkpoint.hf import is_complete
 from bark_fast.errors import CheckpointError, HubUnreachable
 
@@ -88,17 +88,6 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     return folder if is_complete(folder) else None
 
 
-def _bar(shown: bool) -> Any:
-    """The progress bar class that the hub's client is to use: its own, or one that shows nothing."""
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
-
-    return None if shown else Silent
-
-
 def fetch_repo(repo: str, progress: bool = False, revision: str | None = None) -> Path:
     """The local folder of hub model `repo`: cached, else downloaded; safetensors where there are any.
 
@@ -114,9 +103,8 @@ def fetch_repo(repo: str, progress: bool = False, revision: str | None = None) -
         names = _file_names(repo, revision)
         safe = any(name.startswith("model") and name.endswith(".safetensors") for name in names)
         patterns = [*_SMALL_FILES, *(_SAFETENSORS if safe else _BIN)]
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=_bar(progress))
-        )
+        bar = {} if progress else hidden_hub_bar(snapshot_download)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, **bar))
     except Exception as error:  # the hub's client raises its HTTP library's own errors too
         raise _translate(error, repo if revision is None else f"revision {revision!r} of {repo}") from None
 
@@ -131,7 +119,7 @@ def fetch_vocabulary() -> Path:
             return Path(cached)
     try:
         _file_names("suno/bark")
-        return Path(hf_hub_download("suno/bark", "vocab.txt"))
+        return Path(hf_hub_download("suno/bark", "vocab.txt", **hidden_hub_bar(hf_hub_download)))
     except Exception as error:
         what = "vocab.txt (looked for beside the model files; from huggingface.co/suno/bark)"
         raise _translate(error, what) from None
