@@ -45,7 +45,7 @@ bool bf16_in_pairs() {
 
 LinearStage::LinearStage(const Linear& call)
     : call_(call), kernels_(kernels_for(call)) {
-    const int64_t line = std::max<int64_t>(1, call.k * weight_size(call)), block = kernels_->block(call.rows);
+    const int64_t line = std::max<int64_t>(1, call.k * weight_size(call)), block = kernels_->block(call.rows, call.k);
     const int64_t ticket = std::clamp(weight_bytes() / kTickets, kLeastTicket, kMostTicket);
     outputs_ = block * std::max<int64_t>(1, std::min(kMostOutputs, ticket / line) / block);
 }

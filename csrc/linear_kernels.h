@@ -15,7 +15,7 @@ struct LinearKernels {
     // Outputs [first, last) of all rows, at most kMostOutputs of them.
     void (*multiply)(const Linear& call, const void* packed, int64_t first, int64_t last, Ahead ahead);
     // Outputs that are computed together: ranges are best a multiple of it.
-    int64_t (*block)(int64_t rows);
+    int64_t (*block)(int64_t rows, int64_t k);
 };
 
 using LinearKernelTable = LinearKernels[2][3];  // [weights of the call's dtype, int8][f32, f16, bf16]

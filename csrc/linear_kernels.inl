@@ -65,19 +65,25 @@ constexpr int kMostTileRows = 4;
 constexpr int outputs_beside(int64_t rows) { return rows > 2 ? 2 : 4; }
 #endif
 
-// Rows so few that memory is all they wait for. AMD's CPUs with AVX-512 follow one line of 16-bit weights from end to end
-// faster than several, Zen 5 any line, and lines of int8 are so short that several side by side come to their end before
-// the next have arrived: there the outputs are computed one by one.
+// Rows so few that memory is all they wait for: AMD's CPUs with AVX-512 follow one line of 16-bit weights from end to end
+// faster than several, Zen 5 any line. And lines of int8 are so short that several side by side come to their end before
+// the next have arrived. There the outputs are computed one by one, all rows together; each reads the rows anew.
+constexpr int kMostByOne = 8;
+constexpr int64_t kMostReadAnew = 32 * 1024;  // bytes that stay in a Zen 5's L1 beside the weights
+
 template <class T>
-constexpr int64_t most_one_by_one(bool zen5) {
+constexpr int64_t most_by_one(bool zen5) {
     if (sizeof(T) == 1) return 3;
     if (W < 16) return 0;
-    if (sizeof(Packed<T>) == 2) return zen5 ? 5 : 3;
-    return zen5 ? 3 : sizeof(T) == 2 ? 1 : 0;
+    if (zen5) return sizeof(T) == 2 && sizeof(Packed<T>) == 4 ? 3 : kMostByOne;
+    return sizeof(T) == 4 ? 0 : sizeof(Packed<T>) == 2 ? 3 : 1;
 }
+
 template <class T>
-BARK_FAST_INLINE bool one_by_one(int64_t rows) {
-    return rows <= most_one_by_one<T>(fetch_near) && (sizeof(T) == 1 || !intels_cpu);
+BARK_FAST_INLINE bool one_by_one(int64_t rows, int64_t k) {
+    if (rows > most_by_one<T>(fetch_near)) return false;
+    if (sizeof(T) == 1) return true;
+    return !intels_cpu && (!fetch_near || rows * k * static_cast<int64_t>(sizeof(Packed<T>)) <= kMostReadAnew);
 }
 
 // Weights asked for before those that are multiplied, the next ticket's as well: memory answers after some hundred
@@ -85,7 +91,9 @@ BARK_FAST_INLINE bool one_by_one(int64_t rows) {
 constexpr int64_t kBytesAhead = 8 * 1024;
 
 // Rows are cut into tiles of about the same size.
-BARK_FAST_INLINE int64_t tile_rows(int64_t rows) {
+template <class T>
+BARK_FAST_INLINE int64_t tile_rows(int64_t rows, int64_t k) {
+    if (one_by_one<T>(rows, k)) return rows;
     const int64_t tiles = (rows + kMostTileRows - 1) / kMostTileRows;
     return tiles ? (rows + tiles - 1) / tiles : 0;
 }
@@ -110,8 +118,8 @@ BARK_FAST_INLINE float* row_scales(const void* packed, int64_t rows, int64_t k) 
 }
 
 template <class T>
-int64_t block(int64_t rows) {
-    return one_by_one<T>(rows) ? 1 : outputs_beside(tile_rows(rows));
+int64_t block(int64_t rows, int64_t k) {
+    return one_by_one<T>(rows, k) ? 1 : outputs_beside(tile_rows<T>(rows, k));
 }
 
 // Rows [row, row + rows) as (step, row, kStep), where `multiply` reads them one after another.
@@ -175,7 +183,7 @@ BARK_FAST_INLINE void pack_beside_bytes(const Linear& call, int64_t row, int64_t
 template <class T, class Weight>
 void pack(const Linear& call, void* packed_) {
     char* const packed = static_cast<char*>(packed_);
-    const int64_t tile = tile_rows(call.rows);
+    const int64_t tile = tile_rows<Weight>(call.rows, call.k);
     for (int64_t row = 0; row < call.rows; row += tile) {
         const int64_t rows = call.rows - row < tile ? call.rows - row : tile;
         auto* to = reinterpret_cast<Packed<Weight>*>(packed + row * row_bytes<Weight>(call.k));
@@ -292,10 +300,10 @@ void dots(const Packed<T>* x, const char* const* lines, Fetch ahead, int64_t col
 template <class T>
 using Dots = void (*)(const Packed<T>*, const char* const*, Fetch, int64_t, bool, Vec*);
 
-template <int O, class T, int R = kMostTileRows>
+template <int O, class T, int R = O == 1 ? kMostByOne : kMostTileRows>
 BARK_FAST_INLINE Dots<T> dots_for(int64_t rows) {
     // a tile has about as many rows as the others of its call
-    if constexpr (O == 1 ? R <= most_one_by_one<T>(true) : outputs_beside(R) == O || outputs_beside(R + 3) == O)
+    if constexpr (O == 1 ? R <= most_by_one<T>(true) : outputs_beside(R) == O || outputs_beside(R + 3) == O)
         if (rows == R) return dots<R, O, T>;
     if constexpr (R > 1) return dots_for<O, T, R - 1>(rows);
     return nullptr;
@@ -327,7 +335,7 @@ struct Walk {
 template <int O, class T, class Weight>
 BARK_FAST_INLINE void multiply_by(const Linear& call, const Packed<Weight>* x, int64_t first, int64_t last, Ahead next) {
     const Weight* weight = static_cast<const Weight*>(call.weight);
-    const int64_t tile = tile_rows(call.rows), row_elements = steps_of(call.k) * kStep;
+    const int64_t tile = tile_rows<Weight>(call.rows, call.k), row_elements = steps_of(call.k) * kStep;
     const int64_t blocks = (last - first + O - 1) / O;
     const int64_t pieces = (call.k + kMostPiece<Weight> - 1) / kMostPiece<Weight>;
     const int64_t piece = pieces ? (steps_of(call.k) + pieces - 1) / pieces * kStep : 0;
@@ -393,9 +401,9 @@ template <class T, class Weight>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
     const auto* packed = static_cast<const Packed<Weight>*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
-    if (one_by_one<Weight>(call.rows))
+    if (one_by_one<Weight>(call.rows, call.k))
         multiply_by<1, T, Weight>(call, packed, first, last, next);
-    else if (outputs_beside(tile_rows(call.rows)) == kFew)
+    else if (outputs_beside(tile_rows<Weight>(call.rows, call.k)) == kFew)
         multiply_by<kFew, T, Weight>(call, packed, first, last, next);
     else
         multiply_by<kMany, T, Weight>(call, packed, first, last, next);
