@@ -40,7 +40,7 @@ def make_bar(**options: Any) -> Any:
 
 
 def hidden_hub_bar(download: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments that keep a download of huggingface_hub's from showing its bar; none where it takes none yet."""
+    """Arguments that keep a download of huggingface_hub's from showing a bar; none where it takes none yet."""
     if "tqdm_class" not in inspect.signature(download).parameters:
         return {}
     from huggingface_hub.utils.tqdm import tqdm
