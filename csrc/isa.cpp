@@ -34,15 +34,15 @@ bool is_zen5_or_later() { return false; }
 }  // namespace
 
 bool intels_cpu = is_intels();
-bool fetch_near = is_zen5_or_later();
+bool zen5_or_later = is_zen5_or_later();
 
-const char* cpu_kind() { return intels_cpu ? "intel" : fetch_near ? "zen5" : "others"; }
+const char* cpu_kind() { return intels_cpu ? "intel" : zen5_or_later ? "zen5" : "others"; }
 
 bool use_cpu_kind(const char* name) {
     const bool intel = std::strcmp(name, "intel") == 0, zen5 = std::strcmp(name, "zen5") == 0;
     if (!intel && !zen5 && std::strcmp(name, "others") != 0) return false;
     intels_cpu = intel;
-    fetch_near = zen5;
+    zen5_or_later = zen5;
     return true;
 }
 

@@ -5,9 +5,9 @@ namespace bark_fast {
 
 // Kinds of CPUs, told apart by how they like memory to be streamed, by measurement.
 extern bool intels_cpu;
-// Whether 16-bit weights, and keys and values, are best asked for into the L1: on AMD's CPUs from Zen 5 on. Elsewhere the
-// line buffers, through which they would go, are too few for what is under way, and the L2 is the better place.
-extern bool fetch_near;
+// AMD's from Zen 5 on. Memory is best asked for into their L1; elsewhere the line buffers, through which it would go, are
+// too few for what is under way, and the L2 is the better place.
+extern bool zen5_or_later;
 
 // "intel", "zen5" or "others".
 const char* cpu_kind();

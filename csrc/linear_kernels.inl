@@ -81,9 +81,9 @@ constexpr int64_t most_by_one(bool zen5) {
 
 template <class T>
 BARK_FAST_INLINE bool one_by_one(int64_t rows, int64_t k) {
-    if (rows > most_by_one<T>(fetch_near)) return false;
+    if (rows > most_by_one<T>(zen5_or_later)) return false;
     if (sizeof(T) == 1) return true;
-    return !intels_cpu && (!fetch_near || rows * k * static_cast<int64_t>(sizeof(Packed<T>)) <= kMostReadAnew);
+    return !intels_cpu && (!zen5_or_later || rows * k * static_cast<int64_t>(sizeof(Packed<T>)) <= kMostReadAnew);
 }
 
 // Weights asked for before those that are multiplied, the next ticket's as well: memory answers after some hundred
@@ -278,7 +278,7 @@ void dots(const Packed<T>* x, const char* const* lines, Fetch ahead, int64_t col
         else
             fetching(level, Part<0>());
     };
-    if (ahead.lines && fetch_near) {
+    if (ahead.lines && zen5_or_later) {
         at_level(Level<3>());
     } else if (ahead.lines) {
         at_level(Level<2>());
@@ -401,9 +401,10 @@ template <class T, class Weight>
 void multiply(const Linear& call, const void* packed_, int64_t first, int64_t last, Ahead next) {
     const auto* packed = static_cast<const Packed<Weight>*>(packed_);
     constexpr int kFew = outputs_beside(kMostTileRows), kMany = outputs_beside(1);
-    if (one_by_one<Weight>(call.rows, call.k))
+    const int64_t beside = block<Weight>(call.rows, call.k);
+    if (beside == 1)
         multiply_by<1, T, Weight>(call, packed, first, last, next);
-    else if (outputs_beside(tile_rows<Weight>(call.rows, call.k)) == kFew)
+    else if (beside == kFew)
         multiply_by<kFew, T, Weight>(call, packed, first, last, next);
     else
         multiply_by<kMany, T, Weight>(call, packed, first, last, next);

@@ -45,7 +45,7 @@ BARK_FAST_INLINE void fetch(const T* p, int64_t at) {
 #pragma GCC unroll 16
     for (int i = 0; i < N; i += kLine) {
         // 32-bit numbers into Intel's L1, too, by measurement
-        if (fetch_near || (sizeof(T) == 4 && intels_cpu))
+        if (zen5_or_later || (sizeof(T) == 4 && intels_cpu))
             __builtin_prefetch(p + at + i, 0, 3);
         else
             __builtin_prefetch(p + at + i, 0, 2);

@@ -812,6 +812,24 @@ def test_hub_prefers_safetensors_never_takes_sunos_files_and_shows_bars_when_ask
     assert capsys.readouterr().err == ""
 
 
+def test_the_vocabulary_comes_without_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bark_fast.checkpoint import hub
+
+    def download(repo: str, name: str, tqdm_class: Any) -> str:
+        assert list(tqdm_class([1])) == [1]
+        return f"/{repo}/{name}"
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub, "_file_names", lambda repo: ["vocab.txt"])
+    assert hub.fetch_vocabulary() == Path("/suno/bark/vocab.txt")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: f"/older client/{repo}/{name}")
+    assert hub.fetch_vocabulary() == Path("/older client/suno/bark/vocab.txt")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_revision_is_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
