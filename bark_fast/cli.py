@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:  # torch's and numpy's
         from bark_fast.engine.memory import is_of_memory
 
-        if isinstance(error, RuntimeError) and not is_of_memory(error):
+        if not is_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["none is left"])[0]
         click.echo(

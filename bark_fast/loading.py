@@ -75,10 +75,10 @@ def _memory_for(what: str, remedy: str) -> Iterator[None]:
     """Say for what there was no memory, and what to do."""
     try:
         yield
-    except RuntimeError as error:  # torch's, of a CPU or a GPU
+    except (RuntimeError, MemoryError) as error:  # torch's, of a CPU or a GPU, and numpy's
         if not is_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["none is left"])[0]
         raise InvalidInput(f"there is no memory for {what} ({reason}); {remedy}") from error
 
 

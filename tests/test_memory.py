@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
-from bark_fast import Bark, InvalidInput
+from bark_fast import Bark, GenerationError, InvalidInput
 from bark_fast.checkpoint import load_checkpoint
 from bark_fast.checkpoint.transfer import Mover
 from bark_fast.config import published_config
@@ -160,6 +162,16 @@ class TestPlacement:
         theirs, ours = ([t for part in one.weights.values() for t in part.values()] for one in pair)
         assert storage_bytes(ours) == storage_bytes(theirs) < sum(t.numel() * t.element_size() for t in theirs)
         assert {t.data_ptr() for t in ours}.isdisjoint(t.data_ptr() for t in theirs)
+
+    @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory. Tried\nmore"), MemoryError()])
+    def test_too_little_while_speaking_is_told(self, tiny_suno_dir, monkeypatch, error):
+        bark = Bark.from_pretrained(tiny_suno_dir, device="cpu", max_batch=1)
+        with monkeypatch.context() as patched:
+            patched.setattr(bark.runner, "fine", Mock(side_effect=error))
+            with pytest.raises(GenerationError, match=r"^there is no memory .* \(.*\); .* dtype") as told:
+                bark.generate("One.", **SHORT | {"seed": 0})
+        assert told.value.__cause__ is error and "\n" not in str(told.value)
+        bark.generate("One.", **SHORT | {"seed": 0})
 
     def test_a_fault_is_no_lack_of_memory(self):
         assert is_of_memory(RuntimeError("CUDA out of memory"))

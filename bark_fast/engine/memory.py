@@ -39,10 +39,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def is_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it because there is none left: on a CPU it has no class of its own for that."""
+def is_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch raised it because none is left: on a CPU torch has no class for it."""
     said = str(error)
-    return ("alloc" in said or "memory" in said) and "illegal memory access" not in said
+    short = ("alloc" in said or "memory" in said) and "illegal memory access" not in said
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and short)
 
 
 class Offloader:

@@ -13,9 +13,10 @@ from typing import Any, Generic, TypeVar
 
 from bark_fast.engine.admission import Admission
 from bark_fast.engine.held_noise import HeldNoise
+from bark_fast.engine.memory import is_of_memory
 from bark_fast.engine.runner import Runner
 from bark_fast.engine.utterance import Active, Branch, Outcome, Owner, Utterance
-from bark_fast.errors import GenerationError
+from bark_fast.errors import BarkFastError, GenerationError
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, Work
 
@@ -274,7 +275,7 @@ class Rounds(Generic[T]):
             return call()
         except Exception as error:
             if len(batch) == 1:
-                batch[0].answer = error
+                batch[0].answer = _explained(error)
                 return None
             for one in batch:
                 one.alone = True
@@ -311,6 +312,19 @@ class Rounds(Generic[T]):
                 raise
             # in C, where no interrupt comes: who is answered alone would be a join ahead of the others
             any(map(setattr, members, repeat("answer"), repeat(values)))
+
+
+def _explained(error: Exception) -> Exception:
+    """The error; where memory ran out, one of ours that says what helps."""
+    if isinstance(error, BarkFastError) or not is_of_memory(error):
+        return error
+    reason = (str(error).splitlines() or ["none is left"])[0]
+    short = GenerationError(
+        f"there is no memory for what one utterance computes ({reason}); end other programs, or load the model "
+        f"with a smaller max_memory, dtype or checkpoint"
+    )
+    short.__cause__ = error
+    return short
 
 
 def model_of(work: Work | None) -> str | None:
