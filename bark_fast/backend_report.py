@@ -53,7 +53,7 @@ def _cuda_fault() -> str:
         return ""
     faults = {gpu: module.cuda_fault(gpu) for gpu in range(torch.cuda.device_count())}
     told = [
-        f"; {'torch' if triton_fault(gpu) else 'Triton'} takes its place on cuda:{gpu} ({fault})"
+        f"; {'torch' if _triton_fault(gpu) else 'Triton'} takes its place on cuda:{gpu} ({fault})"
         for gpu, fault in faults.items()
         if fault
     ]
@@ -68,12 +68,20 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def _triton_fault(gpu: int) -> str:
+    """Why nothing could be launched there just now, also where others have its memory."""
+    try:
+        return triton_fault(gpu)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+
+
 def _triton(gpus: int) -> Backend:
     if not has_triton():
         return Backend("triton", False, "the package triton is not installed")
     if not gpus:
         return Backend("triton", False, "no CUDA GPU is visible to torch")
-    faults = {f"cuda:{gpu}": fault for gpu in range(gpus) if (fault := triton_fault(gpu))}
+    faults = {f"cuda:{gpu}": fault for gpu in range(gpus) if (fault := _triton_fault(gpu))}
     told = "; ".join(f"torch takes their place on {gpu}: {fault}" for gpu, fault in faults.items())
     if len(faults) == gpus:
         return Backend("triton", False, told)

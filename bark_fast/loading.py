@@ -115,7 +115,8 @@ def make_runner(
     drafts = speculative and not offload and _leaves_room_for_drafts(checkpoint, room)
     decoding = [weight for name in ("semantic", "coarse") for weight in weights[name].values()]
     fastest = next((weight.device for weight in decoding if weight.is_cuda), device)
-    kind = runner_kind(device if offload else fastest, decoding[0].dtype, drafts)
+    with _memory_for("Triton's kernels", "choose a smaller dtype or checkpoint, or offload=True"):
+        kind = runner_kind(device if offload else fastest, decoding[0].dtype, drafts)
     if kind is SpeculativeRunner and room is not None:
         room -= _draft_bytes(checkpoint)
     modules: dict[ModelName, nn.Module] = {"semantic": semantic, "coarse": coarse, "fine": fine, "codec": codec}
@@ -127,6 +128,8 @@ def make_runner(
         runner = kind(semantic, coarse, fine, codec, max_batch, room, device if offload else None)
     if not offload:
         codec.lstm.flatten_parameters()
+    for gpu in {place for place in runner.devices.values() if place.type == "cuda"}:
+        torch.cuda.current_stream(gpu).synchronize()  # the first step may be on another thread's stream
     return runner
 
 

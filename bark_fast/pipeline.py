@@ -233,7 +233,7 @@ class Bark:
         voices = self._histories(voice, len(texts))
         if not texts:
             return []
-        noises = make_noise(seeds, rng, self.device, self.dialect, len(texts), joined)
+        noises = make_noise(seeds, rng, self.runner.device, self.dialect, len(texts), joined)
         group = Group() if joined else None
         under_way = Texts(
             utterances_of(parts, history, options, noise, group)
@@ -309,7 +309,7 @@ class Bark:
             except Exception as error:
                 if errors == "raise":
                     raise
-                return [Utterance(_failing(error), PhiloxNoise(0, self.device))]
+                return [Utterance(_failing(error), PhiloxNoise(0, self.runner.device))]
 
         def results() -> Iterator[tuple[int, Audio | Exception]]:
             under_way = Texts(starmap(utterances, enumerate(requests)))
@@ -469,7 +469,7 @@ class Bark:
         options = self._options(semantic, coarse, fine, max_seconds, rng)
         chunks = self._chunks(text, long_form)
         (history,) = self._histories(voice, 1)
-        (noise,) = make_noise(seeds, rng, self.device, self.dialect, 1, joined=False)
+        (noise,) = make_noise(seeds, rng, self.runner.device, self.dialect, 1, joined=False)
         return chunks, history, options, noise
 
     def _options(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from harness import quantiles
 
+from bark_fast.engine.capture import nothing_collected
+
 COLD_BYTES = 512 * 2**20
 """Bytes a graph walks through so that each call finds the L2 cold; larger than any GPU's."""
 
@@ -31,7 +33,7 @@ def replay_times(call: Callable[[], object], repeats: int = 50) -> list[float]:
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.stream(stream), nothing_collected(), torch.cuda.graph(graph, stream=stream):
         call()  # a capture that fails leaves its stream current; the outer block does not
     times = []
     for _ in range(repeats):

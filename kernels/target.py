@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
+from threading import RLock
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -58,6 +59,10 @@ KNOWN = {
 COMPILE = {"enable_fp_fusion": True}
 """Passed with every launch: the default of this option differs between Triton versions."""
 
+ONE_LAUNCH = RLock()
+"""Two threads must not be the first to launch a kernel: both would compile it, and Triton keep the second's and
+unload the first's, which a captured graph may hold (so do 3.7.1 to 3.9.0). Reentrant: launchers call others."""
+
 _assumed: ContextVar[Target] = ContextVar("assumed_target", default=KNOWN[90])
 
 
@@ -86,16 +91,17 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def on_its_device(launch: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`launch` with the GPU of its first argument as the current one, which Triton launches on."""
+    """`launch`, one at a time, with its first argument's GPU as the current one, which Triton launches on."""
 
     @wraps(launch)
     def launched(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
         tensor = arguments[0]
         assert isinstance(tensor, Tensor)
-        if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-            return launch(*arguments, **named)
-        with torch.cuda.device(tensor.device):
-            return launch(*arguments, **named)
+        with ONE_LAUNCH:
+            if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+                return launch(*arguments, **named)
+            with torch.cuda.device(tensor.device):
+                return launch(*arguments, **named)
 
     return launched
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -211,9 +213,9 @@ def test_an_error_before_a_capture_is_the_steps_own(suno_bark: Bark, monkeypatch
         monkeypatch.setattr(capture.torch.cuda, name, value)
     with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        patch.setattr(loop, "_step", lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+        patch.setattr(loop, "_step", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: launch failed")))
         (outcome,) = Scheduler(runner).run([Utterance(stage(prompt(30), 60), PhiloxNoise(1, CPU))])
-    assert str(outcome.error) == "CUDA out of memory"
+    assert str(outcome.error) == "CUDA error: launch failed"
     assert not told
     assert not asked
     assert not memory.failed
@@ -278,10 +280,40 @@ def test_a_capture_that_fails_at_its_end_leaves_the_callers_stream(monkeypatch, 
         monkeypatch.setattr(capture.torch.cuda, name, value)
     memory = GraphMemory(torch.device("cuda"))
     with pytest.raises(CaptureFailed, match="invalidated") if fails else nullcontext():
-        assert memory.capture(lambda: ran.append(streams.current)) == ("graph", 30)
-    assert ran == ["caller's", "caller's", "of priority -1"]  # cuBLAS has room for each stream
+        assert memory.capture(lambda: ran.append((streams.current, gc.isenabled()))) == ("graph", 30)
+    # cuBLAS has room for each stream; kernels that are collected are unloaded, which would end the capture
+    assert ran == [("caller's", True), ("caller's", True), ("of priority -1", False)]
+    assert gc.isenabled()
     assert streams.current == "caller's"
     assert memory.failed == fails
+
+
+@pytest.mark.parametrize(("version", "begun"), [("2.12.1", True), ("2.12.1", False), ("2.13.0", True)])
+def test_a_torch_that_stays_in_a_failed_capture_is_led_out_of_it(
+    monkeypatch, version: str, begun: bool
+) -> None:
+    ended, streams = [], Streams(True)
+
+    def end(gpu: int, pool: str) -> None:
+        ended.append((gpu, pool))
+        if not begun:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    generator = Mock(clone_state=lambda: "a copy")
+    for name, value in {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda device, priority: "side",
+        "current_stream": lambda device: "caller's", "graph": streams.graph, "CUDAGraph": lambda: "graph",
+        "set_stream": lambda stream: None, "empty_cache": lambda: None, "memory_reserved": lambda device: 0,
+        "default_generators": [None, generator],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(capture.torch.cuda, name, value)
+    monkeypatch.setattr(capture.torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(capture.torch, "__version__", type(torch.__version__)(version))
+    with pytest.raises(CaptureFailed, match="invalidated"):
+        GraphMemory(torch.device("cuda", 1)).capture(lambda: None)
+    old = version < "2.13"
+    assert ended == [(1, "pool")] * old
+    assert generator.graphsafe_set_state.mock_calls == [call("a copy")] * old
 
 
 def test_torchs_cache_is_emptied_and_generators_kept_as_captures_need_it(monkeypatch) -> None:

@@ -140,6 +140,11 @@ def test_a_cuda_part_that_cannot_run_on_a_gpu_is_not_used_there(monkeypatch):
     paged_kv.compiled.cache_clear()
     try:
         assert [paged_kv.compiled(gpu) for gpu in (None, 0, 1)] == [module, module, None]
+        module.cuda_fault = lambda gpu: "out of memory"  # which may pass
+        with pytest.raises(RuntimeError, match="cuda:2: out of memory"):
+            paged_kv.compiled(2)
+        module.cuda_fault = lambda gpu: "no image" if gpu else ""
+        assert [paged_kv.compiled(gpu) for gpu in (0, 2)] == [module, None]
     finally:
         paged_kv.compiled.cache_clear()
     reason = extension_backend().reason

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import current_thread
 from unittest.mock import Mock
 
 import numpy as np
@@ -21,6 +24,7 @@ from bark_fast.engine.memory import (
     pages_of_context,
     storage_bytes,
 )
+from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Limits, Scheduler
 from bark_fast.loading import copied_to
 from bark_fast.modules.codec import Codec
@@ -186,6 +190,36 @@ class TestPlacement:
             assert pick_device(named) == torch.device("cuda:1")
         assert pick_device("cuda:0") == torch.device("cuda:0")
         assert pick_device("cpu") == torch.device("cpu")
+
+    def test_noise_keeps_its_order_on_a_gpu_of_its_own(self, monkeypatch):
+        entered = []
+
+        @contextmanager
+        def own_stream(runner, device):
+            entered.append(device.index)
+            yield
+
+        monkeypatch.setattr(EagerRunner, "_own_stream", own_stream)
+        runner = EagerRunner.__new__(EagerRunner)
+        runner.device, runner.offloader = torch.device("cuda", 0), None
+        runner.devices = {"semantic": torch.device("cuda", 0), "coarse": torch.device("cuda", 1)}
+        for model in ("semantic", "coarse"):
+            with runner._running(model):
+                entered.append(model)
+        assert entered == [0, "semantic", 0, 1, "coarse"]
+
+    def test_one_thread_has_cudnns_plans(self, monkeypatch):
+        """Whichever thread asks; and at the interpreter's end, whoever does."""
+        monkeypatch.setattr(EagerRunner, "_vocode", lambda runner, works: [current_thread(), *works])
+        runner = EagerRunner.__new__(EagerRunner)
+        runner.devices = {"codec": torch.device("cuda", 0)}
+        with ThreadPoolExecutor(1) as another:
+            (here, *works), (there, *_) = runner.vocode([1, 2]), another.submit(runner.vocode, [3]).result()
+        assert here is there is not current_thread() and works == [1, 2]
+        runner._codec_thread.shutdown()
+        assert runner.vocode([]) == [current_thread()]
+        runner.devices = {"codec": torch.device("cpu")}
+        assert runner.vocode([]) == [current_thread()]
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("model", ["semantic", "coarse", "fine", "codec"])

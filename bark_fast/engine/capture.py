@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
 
 import torch
+
+from bark_fast.ops.gpus import number_of
 
 ONE_CAPTURE = Lock()
 """torch captures one graph at a time in a process; replicas have threads of their own."""
@@ -63,6 +67,7 @@ class GraphMemory:
                 # What torch keeps of its generators from the first capture on must be no inference tensor, or
                 # others' captures could not write to it. Threads at work on other devices may allocate.
                 with (
+                    nothing_collected(),
                     torch.inference_mode(False),
                     torch.cuda.graph(graph, self.pool, self.side, "thread_local"),
                     torch.inference_mode(),
@@ -71,5 +76,31 @@ class GraphMemory:
         except RuntimeError as error:
             self.failed = True
             torch.cuda.set_stream(stream)  # torch leaves the capture's the current one if ending it fails
+            self._leave_capture()
             raise CaptureFailed(str(error)) from error
         return graph, torch.cuda.memory_reserved(self.device) - held
+
+    def _leave_capture(self) -> None:
+        """Before 2.13 torch leaves its allocator and its generator in a capture that could not be ended.
+
+        Emptying its cache, and every draw on the device, would be errors from then on.
+        """
+        if torch.__version__ >= "2.13":
+            return
+        gpu = number_of(self.device)
+        with suppress(RuntimeError):  # it had not begun
+            torch._C._cuda_endAllocateToPool(gpu, self.pool)
+        generator = torch.cuda.default_generators[gpu]
+        generator.graphsafe_set_state(generator.clone_state())  # a copy is in no capture
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Kernels that Python's collector frees, anybody's, are unloaded then and there, which ends a capture."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -247,8 +248,22 @@ class EagerRunner:
             )
         return results
 
-    @torch.inference_mode()
     def vocode(self, works: Items[Vocode]) -> list[FloatArray]:
+        if self.devices["codec"].type != "cuda":
+            return self._vocode(works)
+        try:
+            decoded = self._codec_thread.submit(self._vocode, works)
+        except RuntimeError:  # at the interpreter's end no thread takes anything any more
+            return self._vocode(works)
+        return decoded.result()
+
+    @cached_property
+    def _codec_thread(self) -> ThreadPoolExecutor:
+        """On a GPU one thread decodes for all: torch keeps cuDNN's plans by thread, and callers come and go."""
+        return ThreadPoolExecutor(1, "bark-fast-codec")
+
+    @torch.inference_mode()
+    def _vocode(self, works: Items[Vocode]) -> list[FloatArray]:
         codebooks, frames = self.codec_shape(works[0])
         codes = np.zeros((len(works), codebooks, frames), dtype=np.int64)
         for row, work in zip(codes, works, strict=True):
@@ -266,9 +281,16 @@ class EagerRunner:
 
     @contextmanager
     def _running(self, model: str) -> Iterator[None]:
-        """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile."""
+        """Bring the model's weights if they are offloaded; its GPU is the current one meanwhile.
+
+        Noise is drawn on the runner's device, perhaps another, and kept for later steps: in order there, too.
+        """
         device = self.devices[model]
-        with self._own_stream(device) if device.type == "cuda" else nullcontext(), _own_dtypes(device):
+        with ExitStack() as entered:
+            for place in dict.fromkeys((self.device, device)):
+                if place.type == "cuda":
+                    entered.enter_context(self._own_stream(place))
+            entered.enter_context(_own_dtypes(device))
             if self.offloader is not None:
                 self.offloader.bring(model)
             yield

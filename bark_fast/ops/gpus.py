@@ -35,7 +35,10 @@ def is_from_ampere_on(gpu: int) -> bool:
 
 @cache
 def triton_fault(gpu: int, dtype: torch.dtype = torch.float32) -> str:
-    """What keeps kernels that compute in `dtype` from running on this GPU; empty when nothing does."""
+    """What keeps kernels that compute in `dtype` from running on this GPU; empty when nothing does.
+
+    Raises what Triton or torch does where the GPU has no memory left to find out.
+    """
     if not has_triton():
         return "triton is not installed: install it"
     capability = _capability(gpu)
@@ -54,6 +57,8 @@ def _launch_fault(gpu: int) -> str:
     try:
         probe(torch.zeros(1, dtype=torch.int32, device=torch.device("cuda", gpu)))
     except Exception as error:  # whatever Triton, its compilers or the driver raise
+        if "out of memory" in str(error):
+            raise  # it may pass: nothing is remembered
         first, *_ = str(error).strip().splitlines() or [""]
         return f"Triton cannot launch a kernel ({type(error).__name__}: {first})"
     return ""

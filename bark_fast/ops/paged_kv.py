@@ -53,12 +53,14 @@ SCHEMAS = {
 def compiled(gpu: int | None) -> ModuleType | None:
     """The extension, if it runs these operations on this GPU, None the CPU; else Triton or plain torch does.
 
-    A GPU or driver that its CUDA part was not made for is no error: it is just not used there.
+    A GPU or driver that its CUDA part was not made for is no error: it is just not used there. Raises
+    RuntimeError where the GPU has no memory left for its code.
     """
     module = extension.load()
-    if module is None or (gpu is not None and module.cuda_fault(gpu)):
-        return None
-    return module
+    fault = "" if module is None or gpu is None else module.cuda_fault(gpu)
+    if "out of memory" in fault:  # it may pass: nothing is remembered
+        raise RuntimeError(f"the CUDA part of bark_fast._C does not load on cuda:{gpu}: {fault}")
+    return None if fault else module
 
 
 def append_kv(qkv: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -92,6 +94,20 @@ def test_where_nothing_can_be_launched_torch_runs_and_says_why(machine, monkeypa
     monkeypatch.setattr(gpus, "_launch_fault", lambda gpu: reason)
     told = next(backend for backend in backends() if backend.name == "triton")
     assert not told.active and told.reason.count(reason) == 2
+
+
+def test_a_gpu_without_memory_is_asked_again(machine, monkeypatch) -> None:
+    machine((9, 0), RuntimeError("Triton Error [CUDA]: out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        uses_triton(torch.empty(2, device=GPU))
+    monkeypatch.setattr("bark_fast.kernels.probe.probe", lambda out: None)
+    assert uses_triton(torch.empty(2, device=GPU))
+    gpus.triton_fault.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpus, "_launch_fault", Mock(side_effect=RuntimeError("CUDA out of memory.\nMore")))
+    told = next(backend for backend in backends() if backend.name == "triton")
+    assert not told.active and told.reason.endswith("torch takes their place on cuda:1: CUDA out of memory.")
 
 
 def test_a_gpu_without_triton_is_told(machine, monkeypatch) -> None:

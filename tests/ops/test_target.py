@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import time
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -61,6 +63,31 @@ def test_another_gpu_becomes_the_current_one(monkeypatch, device: str, expected:
         assert launch(torch.empty(2, device=device), by=3) == 3
     assert seen == [expected]
     assert entered == [*expected, *["left"] * len(expected)]
+
+
+def test_two_threads_never_launch_at_once() -> None:
+    """Triton's cache of kernels has no lock; launchers call one another."""
+    from bark_fast.kernels.target import on_its_device
+
+    tensor, within, most = torch.empty(2), [], []
+
+    @on_its_device
+    def launch(tensor: torch.Tensor) -> None:
+        within.append(None)
+        time.sleep(0.02)
+        most.append(len(within))
+        within.pop()
+
+    @on_its_device
+    def launch_another(tensor: torch.Tensor) -> None:
+        launch(tensor)
+
+    threads = [Thread(target=launch_another, args=(tensor,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
 
 
 @pytest.mark.gpu
