@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import secrets
@@ -34,6 +35,7 @@ _RATES: Mapping[str, Container[int]] = {  # hertz that formats take, as tried; b
     "OPUS": (8_000, 12_000, 16_000, 24_000, 48_000),
     "MPEG_LAYER_III": (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000),
 }
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BLOCK = 1 << 16  # libsndfile's Vorbis encoder overflows the stack on a single write of minutes
 MAX_INLINE_SECONDS = 1800  # a notebook cell beyond this (over 100 MB of base64) stops the browser
 
@@ -41,9 +43,9 @@ MAX_INLINE_SECONDS = 1800  # a notebook cell beyond this (over 100 MB of base64)
 def _fail(path: Path, error: BaseException) -> NoReturn:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     reason = " ".join(str(reason).split())
-    raise OutputError(
-        f"cannot write {path}: {reason}; choose another path or make this one writable"
-    ) from error
+    full = getattr(error, "errno", None) in _FULL
+    remedy = "free some space" if full else "make this one writable"
+    raise OutputError(f"cannot write {path}: {reason}; choose another path or {remedy}") from error
 
 
 def _target(path: str | Path) -> tuple[Path, int | None]:
@@ -95,6 +97,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _write_more(temporary: Path) -> None:
+    """Raise the OSError, if there is one, for which no more can be written."""
+    with temporary.open("ab") as file:
+        file.write(bytes(BLOCK))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_writable(path: str | Path) -> None:
@@ -236,6 +246,7 @@ class Audio:
                         file.write(block if subtype == "FLOAT" else block.clip(-1, 1))
                 written = soundfile.info(temporary).frames
             except (RuntimeError, AssertionError, ValueError) as error:  # soundfile asserts on a short write
+                _write_more(temporary)  # libsndfile says "System error"
                 _fail(path, error)
             if written < len(self.samples):  # libsndfile does not report what fails while it closes the file
                 raise OutputError(

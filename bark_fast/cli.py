@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bark_fast import __version__
-from bark_fast.errors import BarkFastError, HubUnreachable, InvalidInput, OutputError
+from bark_fast.errors import (
+    BarkFastError,
+    CheckpointError,
+    HubUnreachable,
+    InvalidInput,
+    OutputError,
+    is_of_memory,
+)
 from bark_fast.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -21,44 +28,52 @@ if TYPE_CHECKING:
     from bark_fast.pipeline import Bark
 
 DEFAULT_MODEL = "suno/bark-small"
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED = 130
 
 
 def _terminated(number: int, frame: object) -> None:
     """End as Ctrl-C does, leaving nothing half written; Python's own way would be to stop where it is."""
-    raise SystemExit(TERMINATED)
+    raise SystemExit(128 + number)
+
+
+def _say(message: object) -> None:
+    """One line on stderr, whatever a path in it may hold."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
+    click.echo(f"bark-fast: {line}", err=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line on stderr for every error but those of usage, and a non-zero exit."""
     with suppress(ValueError):  # signals are the main thread's
-        signal.signal(signal.SIGTERM, _terminated)
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, and nohup wants it ignored
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _terminated)
     try:
         status = cli.main(args=arguments, prog_name="bark-fast", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough
         click.echo("\nbark-fast: interrupted; no file was left half written", err=True)
         status = INTERRUPTED
     except click.ClickException as error:
         error.show()
         status = error.exit_code
     except BarkFastError as error:
-        click.echo(f"bark-fast: {error}", err=True)
+        _say(error)
         status = 1
     except (RuntimeError, MemoryError) as error:  # torch's and numpy's
-        from bark_fast.engine.memory import is_of_memory
-
         if not is_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["none is left"])[0]
-        click.echo(
-            f"bark-fast: there is not enough memory ({reason}); close other programs, or choose a smaller "
-            f"dtype or checkpoint",
-            err=True,
+        _say(
+            f"there is not enough memory ({reason}); close other programs, or choose a smaller dtype or "
+            f"checkpoint"
         )
         status = 1
     except OSError as error:  # of stdout: files have errors of their own
         with suppress(OSError):
-            click.echo(f"bark-fast: cannot write the output ({error.strerror or error})", err=True)
+            _say(f"cannot write the output ({error.strerror or error})")
         sys.stdout = None  # or Python would say the same once more
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
@@ -139,6 +154,8 @@ def say(text: str | None, text_file: Path | None, output: Path, model: str | Non
     check_seeds(options["seed"], 1)
     check_max_seconds(options["max_seconds"])
     loading = {name: options.pop(name) for name in ("device", "dtype", "dialect", "revision")}
+    if not options["long_form"]:
+        loading["max_batch"] = 1  # one text needs no caches of others
     generating = _generate_options(options)
     bark, load_seconds = _load(model, loading, quiet)
     started = time.perf_counter()
@@ -244,6 +261,10 @@ def _read_text(text: str | None, text_file: Path | None) -> str:
             return sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError:
             raise InvalidInput("stdin is not UTF-8 text; convert it first (iconv -t utf-8)") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput("the text is not UTF-8; convert it first (iconv -t utf-8), or set LC_ALL") from None
     return text
 
 
@@ -259,12 +280,17 @@ def _load(model: str | None, options: dict[str, Any], quiet: bool) -> tuple[Bark
         if model is not None or options["revision"] is not None:
             raise
         folder = _noise_checkpoint(quiet)
-        click.echo(
-            f"bark-fast: {error}\nbark-fast: using random weights from {folder} instead: WHAT YOU WILL HEAR "
-            f"IS NOISE, not speech, until you give real weights with --model",
-            err=True,
+        _say(error)
+        _say(
+            f"using random weights from {folder} instead: WHAT YOU WILL HEAR IS NOISE, not speech, until you "
+            f"give real weights with --model"
         )
-        bark = Bark.from_pretrained(folder, **options)
+        try:
+            bark = Bark.from_pretrained(folder, **options)
+        except CheckpointError as damaged:
+            raise CheckpointError(
+                f"the random weights cannot be read ({damaged}); delete {folder}, and they are made anew"
+            ) from None
     return bark, time.perf_counter() - started
 
 

@@ -12,13 +12,16 @@ from bark_fast.numeric import is_whole
 ModelName = Literal["semantic", "coarse", "fine", "codec"]
 
 
+MOST = {"n_layer": 1000, "num_lstm_layers": 100, "num_residual_layers": 100, "sample_rate": 1_000_000}
+"""Bounds of what would otherwise take all memory before anything is found missing, or no file could hold."""
+
+
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not is_whole(value) or value < 1:
-            raise InvalidInput(
-                f"{type(owner).__name__}.{name} is {value!r}; it must be an integer of at least 1"
-            )
+        value, most = getattr(owner, name), MOST.get(name, math.inf)
+        if not is_whole(value) or not 1 <= value <= most:
+            bound = "of at least 1" if most == math.inf else f"from 1 to {most}"
+            raise InvalidInput(f"{type(owner).__name__}.{name} is {value!r}; it must be an integer {bound}")
 
 
 @dataclass(frozen=True)

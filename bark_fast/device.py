@@ -29,7 +29,7 @@ def pick_device(device: str | int | torch.device) -> torch.device:
         torch.empty(0, device=chosen)
         if chosen.type == "meta":
             raise TypeError("it holds no values")
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"device {device!r} cannot be used ({reason}); try 'cpu' or 'auto'") from None
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen

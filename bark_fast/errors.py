@@ -49,3 +49,14 @@ class OutOfPages(BarkFastError, RuntimeError):
 
 class NotCovered(BarkFastError, RuntimeError):
     """A call on a patched object that only the original code can answer (raised with strict=True)."""
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether the system, Python, numpy or torch raised it because no memory is left.
+
+    On a CPU torch has no class for it, and files that cannot be mapped fail in many.
+    """
+    said = str(error)
+    short = ("alloc" in said or "memory" in said) and "illegal memory access" not in said
+    of_system = "Cannot allocate memory" in said
+    return isinstance(error, MemoryError) or of_system or (isinstance(error, RuntimeError) and short)

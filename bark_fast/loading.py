@@ -16,10 +16,10 @@ from bark_fast.checkpoint import Checkpoint, load_checkpoint
 from bark_fast.config import ModelName
 from bark_fast.device import pick_device
 from bark_fast.engine.graph_runner import GraphRunner
-from bark_fast.engine.memory import context_bytes, is_of_memory, storage_bytes
+from bark_fast.engine.memory import context_bytes, storage_bytes
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.speculative_runner import SpeculativeRunner
-from bark_fast.errors import InvalidInput
+from bark_fast.errors import InvalidInput, is_of_memory
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.draft import DraftGPT
 from bark_fast.modules.fine import FineGPT
@@ -124,7 +124,7 @@ def make_runner(
         module.load_state_dict(weights[name], assign=True)  # it was built without
         module.requires_grad_(False).eval()
     caches = f"the caches of max_batch={max_batch} utterances"
-    with _memory_for(caches, "choose fewer, or give max_memory"):
+    with _memory_for(caches, "choose a smaller max_batch, max_memory, dtype or checkpoint"):
         runner = kind(semantic, coarse, fine, codec, max_batch, room, device if offload else None)
     if not offload:
         codec.lstm.flatten_parameters()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, SupportsIndex, TypeAlias, TypedDict
+
+import numpy as np
 
 from bark_fast.audio import Audio
 from bark_fast.config import BarkConfig
@@ -16,6 +18,7 @@ from bark_fast.randomness import Rng, check_seeds
 from bark_fast.sampling import Dialect, SamplingParams, StageDefaults
 from bark_fast.stages.request import Options
 from bark_fast.voices import Voice
+from bark_fast.work import IntArray
 
 VoiceLike: TypeAlias = "str | Path | Mapping[str, Any] | Voice | Audio | None"
 
@@ -27,7 +30,7 @@ class SpeechOptions(TypedDict, total=False):
     """Keyword arguments of one text, as `Bark.agenerate` and the items of `Bark.stream_results` take them."""
 
     voice: VoiceLike
-    seed: int | None
+    seed: SupportsIndex | None
     rng: Rng
     semantic: SamplingParams | None
     coarse: SamplingParams | None
@@ -40,7 +43,7 @@ class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of `Bark.generate`, for type checkers."""
 
     voice: VoiceLike | Sequence[VoiceLike]
-    seed: int | Sequence[int] | None
+    seed: SupportsIndex | Sequence[SupportsIndex] | IntArray | None
     rng: Rng
     semantic: SamplingParams | None
     coarse: SamplingParams | None
@@ -87,6 +90,13 @@ def stage_options(
         joined=joined,
         overlap=overlap,
     )
+
+
+def check_flag(name: str, value: object) -> bool:
+    """True or False, Python's or numpy's: the string "false" would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidInput(f"{name} is {value!r}; it must be True or False")
+    return bool(value)
 
 
 def check_max_seconds(value: object) -> float | None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from bark_fast.options import (
     SpeechOptions,
     VoiceLike,
     check_callback,
+    check_flag,
     check_names,
     checked_texts,
     one_each,
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
 
 LONG_FORM_PAUSE = 0.25
 """Seconds of silence between the chunks of a long text."""
+
+MAX_BATCH = 10**9
+"""Utterances that may be advanced together: memory ends sooner, and torch's sizes later."""
 
 
 class Bark:
@@ -146,14 +150,14 @@ class Bark:
         """
         if dialect is not None and dialect not in DIALECTS:
             raise InvalidInput(f"dialect is {dialect!r}; choose one of {', '.join(DIALECTS)}")
-        if not is_whole(max_batch) or max_batch < 1:
-            raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer of at least 1")
+        if not is_whole(max_batch) or not 1 <= max_batch <= MAX_BATCH:
+            raise InvalidInput(f"max_batch is {max_batch!r}; it must be an integer from 1 to {MAX_BATCH}")
         if max_memory is not None and (not is_whole(max_memory) or max_memory < 1):
             raise InvalidInput(f"max_memory is {max_memory!r}; it must be a number of bytes, or None")
         if replicas is not None and (device != "auto" or devices or offload):
             raise InvalidInput("replicas says where the model runs; leave device, devices and offload out")
-        if not isinstance(speculative, bool):
-            raise InvalidInput(f"speculative is {speculative!r}; it must be True or False")
+        for name, value in (("offload", offload), ("speculative", speculative), ("progress", progress)):
+            check_flag(name, value)
         places = [] if replicas is None else pick_replicas(replicas)
         where = places[0] if places else pick_device(device)
         checkpoint = load_models(source, where, pick_dtype(dtype, where), devices, offload, progress, revision)
@@ -173,7 +177,7 @@ class Bark:
         *,
         n: int | None = None,
         voice: VoiceLike | Sequence[VoiceLike] = None,
-        seed: int | Sequence[int] | None = None,
+        seed: SupportsIndex | Sequence[SupportsIndex] | IntArray | None = None,
         rng: Rng = "philox",
         semantic: SamplingParams | None = None,
         coarse: SamplingParams | None = None,
@@ -367,7 +371,8 @@ class Bark:
         """Speak a text of any length piece by piece: yields the audio of each chunk as soon as it is there.
 
         A thread speaks the next chunk meanwhile, and waits with the one after it. All but the first begin
-        with the pause between chunks: joined, the pieces are what `generate` gives with long_form=True.
+        with the pause between chunks: joined, the pieces are what `generate` gives with long_form=True (in a
+        given voice it decodes chunks together, whose samples may round otherwise; the tokens are equal).
 
         progress: a function called with `Progress` events, between pieces. What it raises is raised here.
         options: as of `agenerate`, but for long_form, which is on.
@@ -450,7 +455,7 @@ class Bark:
         text: str,
         *,
         voice: VoiceLike = None,
-        seed: int | None = None,
+        seed: SupportsIndex | None = None,
         rng: Rng = "philox",
         semantic: SamplingParams | None = None,
         coarse: SamplingParams | None = None,
@@ -488,7 +493,7 @@ class Bark:
 
     def _chunks(self, text: str, split: bool) -> list[IntArray]:
         """Token ids of the text, or of its chunks when it may be split."""
-        whole = [text] if not split else split_text(text, self.tokenizer)
+        whole = split_text(text, self.tokenizer) if check_flag("long_form", split) else [text]
         return [encode_text(part, self.tokenizer, self.config.layout) for part in whole or [text]]
 
     def _histories(self, voice: VoiceLike | Sequence[VoiceLike], count: int) -> list[Tokens | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ def check_rng(rng: object) -> None:
         raise InvalidInput(f"rng is {rng!r}; choose 'philox' or 'torch'")
 
 
-def check_seeds(seed: int | Sequence[int] | IntArray | None, count: int) -> int | list[int] | None:
+def check_seeds(
+    seed: SupportsIndex | Sequence[SupportsIndex] | IntArray | None, count: int
+) -> int | list[int] | None:
     """`seed` as plain integers, checked: one, a list with one per text, or None."""
     if seed is None:
         return None

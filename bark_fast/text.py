@@ -93,6 +93,8 @@ def _read_json(path: Path) -> Any:
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(path))
+    if backend.token_to_id("[UNK]") is None:
+        raise CheckpointError(f"{path} has no [UNK] among its tokens; it must be BERT's tokenizer.json")
     backend.no_truncation()  # Bark's limit is checked, not applied in silence
     backend.no_padding()
     return backend

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import oracles
@@ -549,11 +550,24 @@ def test_missing_hugging_face_files_are_named(hf_copy: Path) -> None:
     assert "no weights" in fault(hf_copy)
 
 
-def test_an_index_cannot_lead_out_of_its_folder(hf_copy: Path) -> None:
+@pytest.mark.parametrize("shard", ["../stolen.safetensors", ["model.safetensors"], 3])
+def test_an_index_cannot_lead_out_of_its_folder(hf_copy: Path, shard: object) -> None:
     (hf_copy / "model.safetensors").rename(hf_copy.parent / "stolen.safetensors")
-    index = {"weight_map": {"x": "../stolen.safetensors"}}
+    index = {"weight_map": {"x": shard}}
     (hf_copy / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "does not list the weight files beside it" in fault(hf_copy)
+
+
+@pytest.mark.parametrize("opener", ["safetensors.safe_open", "torch.load"])
+def test_too_little_memory_is_no_damage(hf_copy: Path, suno_copy: Path, monkeypatch, opener: str) -> None:
+    monkeypatch.setattr(opener, Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    message = fault(hf_copy if "safe" in opener else suno_copy)
+    assert "there is no memory to map" in message and "download" not in message
+
+
+def test_layers_beyond_all_memory_are_refused(hf_copy: Path) -> None:
+    edit_json(hf_copy / "config.json", lambda c: c["coarse_acoustics_config"].update(num_layers=10**9))
+    assert "n_layer is 1000000000; it must be an integer from 1 to 1000" in fault(hf_copy)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 10, 1_000, 0.3, 0.9, -1])

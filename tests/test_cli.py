@@ -13,14 +13,16 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import click
 import numpy as np
 import pytest
 
 from bark_fast import extension
 from bark_fast.cli import main
 from bark_fast.engine.capture import Capture
-from bark_fast.errors import HubUnreachable
+from bark_fast.errors import HubUnreachable, InvalidInput
 from bark_fast.pipeline import Bark
 from bark_fast.voices import VoiceLibrary, load_voice
 
@@ -69,6 +71,15 @@ def run_here(tmp_path, monkeypatch, capsys):
 
     call.folder = work
     return call
+
+
+@pytest.fixture
+def handlers():
+    """Puts signals' handlers back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def of_tiny_model(run, tiny_suno_dir):
@@ -237,6 +248,33 @@ class TestErrors:
         monkeypatch.setattr(Bark, "generate", full)
         assert_one_line_error(say_here("Hi.", "-q"), "not enough memory (", "smaller dtype or checkpoint")
 
+    @pytest.mark.parametrize(("arguments", "batch"), [([], 1), (["--long-form"], 16)])
+    def test_one_text_takes_no_caches_of_others(self, say_here, monkeypatch, arguments, batch):
+        asked = []
+
+        def speak(bark, *_, **__):
+            asked.append(bark.max_batch)
+            raise InvalidInput("enough")
+
+        monkeypatch.setattr(Bark, "generate", speak)
+        say_here("Hi.", "-q", *arguments)
+        assert asked == [batch]
+
+    def test_a_path_cannot_break_the_line(self, run_here):
+        assert_one_line_error(run_here("say", "Hi.", "-q", "-o", "a\n\x1b[1mb.xyz"), r"a\n\x1b[1mb.xyz")
+
+    def test_random_weights_that_were_damaged_can_be_made_anew(self, run):
+        cache = run.folder.parent / "cache"
+        assert run("say", "Hello.", "--max-seconds", "0.3", "-q").returncode == 0
+        (weights,) = cache.rglob("model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:100])
+        done = run("say", "Hello.", "-q")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.rstrip().endswith(f"; delete {weights.parent}, and they are made anew")
+
+    def test_an_argument_that_is_not_text(self, run_here):
+        assert_one_line_error(run_here("say", "caf\udce9", "-q"), "not UTF-8")
+
     def test_stdin_that_is_not_text(self, tmp_path, tiny_suno_dir):
         done = subprocess.run(
             [*COMMAND, "say", "-m", str(tiny_suno_dir), "-o", str(tmp_path / "a.wav")],
@@ -266,7 +304,11 @@ class TestErrors:
     @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
     @pytest.mark.parametrize(
         ("sent", "status", "told"),
-        [(signal.SIGINT, 130, b"interrupted; no file was left half written"), (signal.SIGTERM, 143, b"")],
+        [
+            (signal.SIGINT, 130, b"interrupted; no file was left half written"),
+            (signal.SIGTERM, 143, b""),
+            (signal.SIGHUP, 129, b""),
+        ],
     )
     def test_a_signal_leaves_no_file(self, run, tmp_path, tiny_suno_dir, sent, status, told):
         process = subprocess.Popen(
@@ -288,6 +330,17 @@ class TestErrors:
         assert told in rest
         assert b"Traceback" not in rest
         assert not list(run.folder.iterdir())
+
+    def test_what_nohup_ignores_stays_ignored(self, run_here, handlers):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run_here("--version")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+    def test_a_second_interrupt_does_not_cut_the_first_ones_line(self, say_here, monkeypatch, handlers):
+        monkeypatch.setattr(Bark, "generate", Mock(side_effect=KeyboardInterrupt))
+        monkeypatch.setattr(click, "echo", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert say_here("Hi.", "-q").returncode == 130
 
 
 class TestOtherCommands:

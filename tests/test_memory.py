@@ -20,12 +20,12 @@ from bark_fast.engine.memory import (
     Offloader,
     cache_pages,
     context_bytes,
-    is_of_memory,
     pages_of_context,
     storage_bytes,
 )
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Limits, Scheduler
+from bark_fast.errors import is_of_memory
 from bark_fast.loading import copied_to
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT

@@ -268,6 +268,10 @@ class TestBadInput:
             ({"dtype": torch.float64}, "dtype is torch.float64"),
             ({"dialect": "bark"}, "dialect is 'bark'"),
             ({"max_batch": 0}, "max_batch is 0"),
+            ({"max_batch": 2**62}, "max_batch is 4611686018427387904"),
+            ({"device": 2**70}, "device 1180591620717411303424 cannot be used"),
+            ({"offload": "no"}, "offload is 'no'; it must be True or False"),
+            ({"progress": print}, "progress is <built-in function print>; it must be True or False"),
             ({"max_batch": 10**8}, "no memory for the caches of max_batch=100000000 utterances"),
         ],
     )

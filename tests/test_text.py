@@ -112,6 +112,8 @@ class TestTokenizer:
         [
             ("vocab.txt", None), ("vocab.txt", b"\xff\xfe"), ("vocab.txt", b""), ("vocab.txt", b"a\nb\n"),
             ("tokenizer.json", None), ("tokenizer.json", b"{"), ("tokenizer.json", b'{"model": 3}'),
+            ("tokenizer.json", b'{"model": {"type": "WordPiece", "unk_token": "[UNK]", "vocab": {"a": 0},'
+                               b'"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}'),
         ],
     )  # fmt: skip
     def test_damaged_tokenizer_files_are_refused(self, tmp_path, name, content):

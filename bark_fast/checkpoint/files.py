@@ -54,7 +54,11 @@ def _one_line(error: BaseException) -> str:
     return (lines[0].rstrip(".") if lines else type(error).__name__)[:200]
 
 
-def _damaged(path: Path, error: BaseException) -> CheckpointError:
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    if "Cannot allocate memory" in str(error):  # the system's words; a damaged length has others
+        return CheckpointError(
+            f"there is no memory to map {path}; end other programs, or raise the limit on memory"
+        )
     return CheckpointError(f"{path} is damaged or not a checkpoint ({_one_line(error)}); {_AGAIN}")
 
 
@@ -99,7 +103,7 @@ def open_torch(path: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{path} holds code that weights never need ({found}); none of it was run: delete the file"
                 ) from None
-        raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; a dict of weights is wanted; {_AGAIN}")
     return content
@@ -116,7 +120,7 @@ def open_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); change its permissions") from None
     except Exception as error:  # SafetensorError, and OSError or RuntimeError on short files
-        raise _damaged(path, error) from None
+        raise _unreadable(path, error) from None
 
 
 def tensors_of(content: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:

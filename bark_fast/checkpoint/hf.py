@@ -121,10 +121,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
             continue
         if not name.endswith(".index.json"):
             return (path,)
-        shards = set(section(open_json(path), "weight_map", path).values())
+        listed = section(open_json(path), "weight_map", path).values()
         # a shard is a file beside its index: never a path that leads elsewhere
-        if not shards or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+        if not listed or not all(isinstance(shard, str) and Path(shard).name == shard for shard in listed):
             raise CheckpointError(f"{path} does not list the weight files beside it; download it again")
+        shards = set(listed)
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {name} lists; download it again")

@@ -39,13 +39,6 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
-def is_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy or torch raised it because none is left: on a CPU torch has no class for it."""
-    said = str(error)
-    short = ("alloc" in said or "memory" in said) and "illegal memory access" not in said
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and short)
-
-
 class Offloader:
     """Keeps the weights of several modules on the host and brings those of one at a time to the device."""
 

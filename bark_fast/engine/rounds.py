@@ -13,10 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from bark_fast.engine.admission import Admission
 from bark_fast.engine.held_noise import HeldNoise
-from bark_fast.engine.memory import is_of_memory
 from bark_fast.engine.runner import Runner
 from bark_fast.engine.utterance import Active, Branch, Outcome, Owner, Utterance
-from bark_fast.errors import BarkFastError, GenerationError
+from bark_fast.errors import BarkFastError, GenerationError, is_of_memory
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, Work
 

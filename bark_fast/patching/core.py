@@ -15,6 +15,7 @@ from bark_fast.modules.codec import Codec
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.ops.norm_linear import FLOATING
+from bark_fast.options import check_flag
 from bark_fast.patching import hf, suno, suno_modules
 from bark_fast.patching.report import Entry, PatchReport
 from bark_fast.patching.swap import STATE, Patched, Policy, State, check_outermost, is_fast, restore, swap
@@ -52,7 +53,9 @@ def patch(
 
     Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
     """
-    policy = Policy(bool(engine), _dtype(dtype), _rng(rng), bool(strict), bool(speculative))
+    flags = {"engine": engine, "strict": strict, "speculative": speculative}
+    fused, strictly, guessing = (check_flag(name, value) for name, value in flags.items())
+    policy = Policy(fused, _dtype(dtype), _rng(rng), strictly, guessing)
     if not engine and (dtype is not None or rng != "torch"):
         raise InvalidInput(
             f"dtype={dtype!r} and rng={rng!r} are for the engine; with engine=False layers keep the model's "

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from bark_fast.checkpoint.names import HF_PREFIX, hf_name
 from bark_fast.config import FineConfig, GPTConfig, ModelName
-from bark_fast.engine.memory import is_of_memory
-from bark_fast.errors import InvalidInput, NotCovered
+from bark_fast.errors import InvalidInput, NotCovered, is_of_memory
 from bark_fast.modules.fine import FineGPT
 from bark_fast.modules.gpt import GPT
 from bark_fast.patching.conditions import CACHE_NAMES, cache_in, is_hooked, tracing, why_hooked

@@ -116,7 +116,8 @@ def _ends(stopping: Iterable[Any], prompt: int) -> tuple[int | None, int]:
     for criterion in stopping:
         name = _name(criterion)
         if name == "MaxLengthCriteria":
-            limit = int(criterion.max_length) if limit is None else min(limit, int(criterion.max_length))
+            length = math.ceil(criterion.max_length)  # transformers takes 10.5 and stops at 11
+            limit = length if limit is None else min(limit, length)
         elif name == "EosTokenCriteria" and eos is None:
             ids = criterion.eos_token_id.flatten().tolist()
             if len(ids) != 1:

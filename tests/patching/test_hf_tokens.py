@@ -17,7 +17,7 @@ import bark_fast
 from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.patching import decoding, hf_models
-from bark_fast.patching.hf_rules import request_of
+from bark_fast.patching.hf_rules import _ends, request_of
 from bark_fast.work import Decoded
 
 TEXTS = ["Hello there.", "Another, and a much longer text than the first, isn't it?", "Third"]
@@ -575,9 +575,18 @@ def test_another_model_of_transformers_is_named():
     assert type(llama) is LlamaForCausalLM
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"dtype": torch.float64}, {"rng": "numpy"}], ids=str)
+def test_a_length_between_two_tokens_is_that_of_the_next():
+    stopping_criteria = pytest.importorskip("transformers.generation.stopping_criteria")
+    assert _ends([stopping_criteria.MaxLengthCriteria(10.5)], 4) == (None, 7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "int8"}, {"dtype": torch.float64}, {"rng": "numpy"}, {"strict": "no"}, {"engine": None}],
+    ids=str,
+)
 def test_wrong_options_are_named_and_change_nothing(model, options):
-    with pytest.raises(InvalidInput, match="choose"):
+    with pytest.raises(InvalidInput, match=rf"^{next(iter(options))} is .*; (choose|it must be True or False)"):
         bark_fast.patch(model, **options)
     assert not bark_fast.is_patched(model)
 
