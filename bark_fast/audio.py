@@ -187,7 +187,7 @@ def _check_waveform(path: Path, samples: object, rate: object, container: str, s
 def ratio_fits(coarse_frames: int, semantic_tokens: int, layout: Layout) -> bool:
     """suno's test that the two belong together: frames per token, to one decimal, is 75 / 49.9, that is 1.5."""
     wanted = round(layout.coarse_rate_hz / layout.semantic_rate_hz, 1)
-    return semantic_tokens > 0 and round(coarse_frames / semantic_tokens, 1) == wanted
+    return round(coarse_frames / semantic_tokens, 1) == wanted
 
 
 @dataclass(frozen=True, eq=False)

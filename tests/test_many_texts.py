@@ -229,13 +229,17 @@ class TestAgenerate:
         step = suno_bark.runner.step
         monkeypatch.setattr(suno_bark.runner, "step", lambda m, s: widths.append(len(s)) or step(m, s))
 
+        events = []
+
         async def all_at_once():
-            calls = (suno_bark.agenerate(t, seed=i, **SHORT) for i, t in enumerate(TEXTS))
+            asked = enumerate(TEXTS)
+            calls = (suno_bark.agenerate(t, seed=i, progress=events.append, **SHORT) for i, t in asked)
             return await asyncio.gather(*calls)
 
         audios = asyncio.run(all_at_once())
         assert all(np.array_equal(a.tokens.fine, e) for a, e in zip(audios, alone, strict=True))
         assert max(widths) == 3
+        assert {event.index for event in events} == {0}  # each call has one text
         assert held(suno_bark) == NOTHING
 
     def test_the_event_loop_goes_on_meanwhile(self, suno_bark):

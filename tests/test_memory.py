@@ -25,6 +25,7 @@ from bark_fast.engine.memory import (
 )
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.scheduler import Limits, Scheduler
+from bark_fast.engine.speculative_runner import SpeculativeRunner
 from bark_fast.errors import is_of_memory
 from bark_fast.loading import copied_to
 from bark_fast.modules.codec import Codec
@@ -177,7 +178,13 @@ class TestPlacement:
         assert told.value.__cause__ is error and "\n" not in str(told.value)
         bark.generate("One.", **SHORT | {"seed": 0})
 
-    def test_a_fault_is_no_lack_of_memory(self):
+    def test_a_fault_is_no_lack_of_memory(self, tiny_suno_dir, monkeypatch):
+        def broken(*arguments, **options):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(Mover, "move", broken)
+        with pytest.raises(RuntimeError, match=r"^CUDA error"):
+            Bark.from_pretrained(tiny_suno_dir, device="cpu")
         assert is_of_memory(RuntimeError("CUDA out of memory"))
         assert not is_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
@@ -237,6 +244,7 @@ class TestOffload:
         assert all(map(np.array_equal, fine_codes(bark), fine_codes(suno_bark)))
         assert bark.runner.offloader.moves == 4
         assert bark.runner.offloader.resident == "codec"
+        assert not isinstance(bark.runner, SpeculativeRunner)  # copies of what is offloaded would stay
 
     def test_without_turns_models_would_come_and_go(self, tiny_suno_dir):
         """What `one_model` is for."""

@@ -107,6 +107,11 @@ class TestGenerate:
         suno_bark.generate("One.", seed=1, rng="torch", max_seconds=0.2)
         assert torch.equal(before, torch.get_rng_state())
 
+    def test_weights_do_not_ask_for_gradients(self, suno_bark):
+        runner = suno_bark.runner
+        for module in (*runner.models.values(), runner.fine_model, runner.codec):
+            assert not module.training and not any(weight.requires_grad for weight in module.parameters())
+
 
 def test_numpys_integers_are_integers(suno_bark):
     def spoken(top_k, seed):

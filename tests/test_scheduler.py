@@ -862,6 +862,32 @@ def test_a_worker_whose_start_was_interrupted_is_started_again(suno_bark, load, 
     assert [spoken[index] for index in range(2)] == [alone[0] for _, alone in five(load)[:2]]
 
 
+def test_a_worker_that_had_started_when_the_interrupt_came_is_the_only_one(suno_bark, monkeypatch):
+    worker, started = Worker(Scheduler(SmallRunner(suno_bark.runner))), []
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        started.append(thread)
+        if len(started) == 1:
+            raise KeyboardInterrupt
+
+    def submit(number):
+        worker.submit({number: Utterance(forever(), PhiloxNoise(number, CPU))}, lambda outcome: None)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    numbers = worker.numbers(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            submit(numbers[0])
+        submit(numbers[1])
+    finally:
+        worker.cancel(numbers)
+        for thread in started:
+            thread.join(60)
+    assert len(started) == 1 and not worker.under_way
+
+
 def test_many_are_cancelled_in_one_go(suno_bark, monkeypatch):
     scheduler = Scheduler(SmallRunner(suno_bark.runner), max_batch=2)
     dropped = []

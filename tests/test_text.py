@@ -107,6 +107,10 @@ class TestTokenizer:
         (tmp_path / "vocab.txt").write_bytes("[UNK]\r\na\u2028b\r\nd\re\r\nc\r\n".encode())
         assert Tokenizer.from_file(tmp_path / "vocab.txt").encode("c") == [3]
 
+    def test_special_tokens_that_a_vocabulary_lacks_are_not_added(self, tmp_path):
+        (tmp_path / "vocab.txt").write_text("[UNK]\nhello\n")
+        assert set(Tokenizer.from_file(tmp_path / "vocab.txt").encode("hello [MASK]")) == {0, 1}
+
     @pytest.mark.parametrize(
         ("name", "content"),
         [
@@ -271,6 +275,17 @@ class TestSplitText:
         chunks = split_text(text, tokenizer)
         assert time.perf_counter() - start < 10
         assert squeeze("".join(chunks)) == squeeze(text)
+
+    def test_paragraphs_of_one_chunk_are_a_space_apart(self):
+        assert split_text("One.\n\nTwo.\n \nThree.") == ["One. Two. Three."]
+
+    def test_no_space_comes_where_none_was(self):
+        text = "あ" * 11 + "、" + "い" * 33
+        assert split_text(text, len, max_tokens=30) == [text[:28], text[28:]]
+
+    def test_the_estimate_knows_scripts_of_words_from_those_of_signs(self):
+        assert len(split_text(" ".join(["слово"] * 40))) == 1
+        assert len(split_text("語" * 60)) == 2
 
     def test_a_word_the_tokenizer_gives_up_on_is_cut_to_a_speakable_length(self, tokenizer):
         assert max(map(len, split_text("x" * 5000, tokenizer))) <= 16 * 48

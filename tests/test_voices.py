@@ -178,6 +178,14 @@ class TestAccepted:
         for path in (tmp_path / "me.npz", str(tmp_path / "me.npz"), "~/me.npz"):
             same(load_voice(path, library), expected)
 
+    def test_the_second_npy_format(self, library, tmp_path):
+        expected = arrays()
+        with zipfile.ZipFile(tmp_path / "me.npz", "w") as archive:
+            for key, array in expected.items():
+                with archive.open(f"{key}.npy", "w") as file:
+                    np.lib.format.write_array(file, array, version=(2, 0))
+        same(load_voice(tmp_path / "me.npz", library), expected)
+
     def test_the_library_does_not_share_memory_with_the_caller(self, library):
         given = arrays()
         voice = load_voice(given, library)

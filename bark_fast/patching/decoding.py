@@ -55,7 +55,6 @@ class _Row:
         self.joint, self.index = joint, index
 
     def token(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
-        self.joint.draws.used(step - 1)  # rows step together
         return self.ahead(rule, chunk, stream, step)
 
     def ahead(self, rule: SamplingRule, chunk: int, stream: int, step: int) -> Tensor:
@@ -146,7 +145,6 @@ class Rows:
             left = [sequence for sequence in left if not sequence.done]
         self.steps += max(sequence.steps for sequence in self.sequences)
         if self.joint is not None:
-            self.joint.draws.used(self.steps - 1)
             self.joint.settle()
         return [sequence.result() for sequence in self.sequences]
 

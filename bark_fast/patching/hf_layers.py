@@ -104,7 +104,7 @@ def _forward(block: Any, x: Tensor, attention_mask: Tensor | None = None, **kwar
         seen = attention(query, key, value, causal=attn.is_causal)
     else:
         seen = scaled_dot_product_attention(
-            query, key, value, attn_mask=_bias(attn, attention_mask, query, key), scale=attn.head_dim**-0.5
+            query, key, value, attn_mask=_bias(attn, attention_mask, query, key)
         )
     merged = seen.transpose(1, 2).reshape(batch, time, -1)
     x = linear_residual(merged, attn.out_proj.weight, x, attn.out_proj.bias)

@@ -131,7 +131,7 @@ class FastCausal(Patched):
                     raise
                 raise NotCovered(f"a batch of {batch} for whose pages there is no memory") from None
         rows: Rows | None = cache.get("rows")
-        if rows is not None and (rows.batch != batch or rows.decoder is not decoder):
+        if rows is not None and rows.batch != batch:
             self._let_rows_go()
             rows = None
         if rows is None:
@@ -205,9 +205,7 @@ class FastFine(Patched):
         covered = (
             input_ids is not None and not args and not given and return_dict and not tracing()
             and not model.training and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(input_ids.device.type)
             and not model.config.output_attentions and not model.config.output_hidden_states
-            and not is_hooked(model)
         )  # fmt: skip
         bound = self._bound_or_none() if covered else None
         if bound is None or input_ids is None or not _fits(bound.model.config, codebook_idx, input_ids):
@@ -225,6 +223,8 @@ class FastFine(Patched):
 
     def _bound_or_none(self) -> Bound[FineGPT] | None:
         try:
+            if is_hooked(_any(self)):
+                raise NotCovered("a layer with a hook")
             return self.bound()
         except NotCovered as uncovered:
             self._fast.policy.decline(str(uncovered))

@@ -259,18 +259,31 @@ def drawn(model, ids, **options):
         return repr(error)
 
 
-@pytest.mark.parametrize("given", ["labels", "longer mask"])
-def test_arguments_of_the_forward_that_the_engine_has_not(peer, given):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"labels": torch.arange(20)[None]},
+        {"attention_mask": torch.ones(1, 25, dtype=torch.long)},
+        {"attention_mask": (torch.arange(20) > 3).long()[None]},
+        {"position_ids": torch.arange(1, 21)[None]},
+    ],
+    ids=["labels", "longer mask", "padding mask", "shifted positions"],
+)
+def test_arguments_of_the_forward_that_the_engine_has_not(peer, more):
     model = peer.model.coarse_acoustics
     ids = torch.arange(10_000, 10_020)[None]
-    more = {"labels": ids} if given == "labels" else {"attention_mask": torch.ones(1, 25, dtype=torch.long)}
     expected = drawn(model, ids, **more)
     bark_fast.patch(model)
     if isinstance(expected, str):
         assert drawn(model, ids, **more) == expected
         return
-    with pytest.warns(RuntimeWarning, match="labels" if given == "labels" else "mask|position_ids"):
+    with pytest.warns(RuntimeWarning, match="labels" if "labels" in more else "mask|position_ids"):
         assert drawn(model, ids, **more).equal(expected)
+
+
+def test_ranks_that_wait_for_each_other_are_left_to_the_original(peer):
+    model = bark_fast.patch(peer.model.coarse_acoustics, strict=True)
+    assert "synced_gpus" in drawn(model, torch.arange(10_000, 10_020)[None], synced_gpus=True)
 
 
 @pytest.mark.parametrize(

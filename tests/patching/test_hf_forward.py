@@ -20,6 +20,7 @@ from bark_fast.errors import NotCovered
 from bark_fast.patching import hf_layers, hf_models
 
 IDS = torch.arange(1, 25).view(2, 12) * 37 % 9000
+CODES = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
 LEFT = torch.tensor([[0] * 5 + [1] * 7, [1] * 12])
 RIGHT = torch.tensor([[1] * 12, [1] * 4 + [0] * 8])
 
@@ -224,12 +225,10 @@ def test_inputs_embeds(model):
 @pytest.mark.usefixtures("no_decline")
 @torch.no_grad()
 def test_fine(model, return_dict, hidden, mask):
-    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
-
     def call(model):
         return [
             model.fine_acoustics(
-                book, codes, attention_mask=mask, output_hidden_states=hidden, return_dict=return_dict
+                book, CODES, attention_mask=mask, output_hidden_states=hidden, return_dict=return_dict
             )
             for book in (2, 7)
         ]
@@ -251,15 +250,13 @@ def test_fine_errors_are_theirs(model):
 @pytest.mark.usefixtures("no_decline")
 @torch.no_grad()
 def test_what_the_configuration_asks_of_the_fine_model(model, name, value):
-    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
     setattr(model.fine_acoustics.config, name, value)
-    close(*both(model, lambda model: model.fine_acoustics(3, codes)))
+    close(*both(model, lambda model: model.fine_acoustics(3, CODES)))
 
 
 @torch.no_grad()
 def test_fine_logits_have_the_dtype_of_the_model_whatever_the_engines(model):
-    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
-    expected, got = both(model, lambda model: model.fine_acoustics(3, codes).logits, dtype="bfloat16")
+    expected, got = both(model, lambda model: model.fine_acoustics(3, CODES).logits, dtype="bfloat16")
     assert got.dtype == expected.dtype == torch.float32
     assert 0 < (got - expected).abs().max() < 0.1
 
@@ -282,8 +279,7 @@ def test_more_codes_than_the_fine_context_are_their_error(model):
 @torch.no_grad()
 def test_half_precision_errors_are_no_larger_than_theirs(model, dtype, part):
     """Error against fp64 of logits and of every hidden state, at most twice the unpatched model's."""
-    codes = torch.arange(2 * 12 * 8).view(2, 12, 8) * 31 % 1024
-    arguments = (3, codes) if part == "fine_acoustics" else (IDS,)
+    arguments = (3, CODES) if part == "fine_acoustics" else (IDS,)
     outputs = {}
     for kind in (torch.float64, dtype):
         twin = copy.deepcopy(getattr(model, part)).to(kind)
@@ -299,6 +295,13 @@ def test_half_precision_errors_are_no_larger_than_theirs(model, dtype, part):
     for truth, a, b in pairs:
         error, allowed = (b - truth).abs().max(), 2 * (a - truth).abs().max() + 1e-4
         assert error <= allowed
+
+
+@torch.no_grad()
+def test_a_mask_of_another_dtype(model):
+    x = torch.linspace(-1, 1, 6 * model.semantic.config.hidden_size).view(1, 6, -1)
+    mask = torch.linspace(-3, 0, 36, dtype=torch.float64).view(1, 1, 6, 6)
+    close(*both(model, lambda model: model.semantic.layers[0](x, attention_mask=mask)[0]))
 
 
 @torch.no_grad()
@@ -384,6 +387,49 @@ def test_gradients_of_either_half_of_a_cache_are_noticed(which):
         halves = (torch.zeros(1, 2, 3, 8, requires_grad=name == learned) for name in ("keys", "values"))
         cache.update(*halves, layer)
     assert [hf_layers._learns(None, cache, layer) for layer in (0, 1, 2)] == [False, True, False]
+
+
+def test_gradients_of_the_fine_model_come_from_the_original(model):
+    def call(model):
+        model.fine_acoustics.zero_grad()
+        model.fine_acoustics(3, CODES).logits.square().mean().backward()
+        return [p.grad.clone() for p in model.fine_acoustics.parameters() if p.grad is not None]
+
+    with pytest.warns(RuntimeWarning, match="gradients"):
+        expected, got = both(model, call)
+    assert len(expected) == len(got) > 10
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@torch.no_grad()
+def test_autocast_of_the_fine_model_is_the_originals(model):
+    def call(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.fine_acoustics(3, CODES).logits
+
+    with pytest.warns(RuntimeWarning, match="autocast"):
+        expected, got = both(model, call)
+    assert got.dtype == expected.dtype and got.equal(expected)
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [CODES.int(), CODES.short(), CODES.float(), CODES[..., :4], CODES.repeat(1, 1, 2), CODES[0]],
+    ids=["int32", "int16", "float32", "four codebooks", "sixteen codebooks", "no batch"],
+)  # fmt: skip
+@torch.no_grad()
+def test_codes_of_another_dtype_or_shape(model, codes):
+    def call(model):
+        try:
+            return model.fine_acoustics(3, codes).logits
+        except Exception as error:
+            return repr(error)
+
+    expected, got = both(model, call)
+    if isinstance(expected, str):
+        assert got == expected
+    else:
+        close(expected, got)
 
 
 def test_gradients_of_what_was_given_come_from_the_original(model):

@@ -317,6 +317,13 @@ def test_without_mask(model, text):
     assert torch.equal(expected, got)
 
 
+def test_a_token_that_is_not_padded(model):
+    """It is added to all of the history: no prompt of tokens has such embeddings."""
+    with pytest.warns(RuntimeWarning, match="a prompt of embeddings"):
+        expected, got = both(model, lambda model: model.generate(torch.tensor([[99]]), **SHORT))
+    assert torch.equal(expected, got)
+
+
 @pytest.mark.usefixtures("no_decline")
 def test_draws_leave_the_generator_where_the_original_does(peer):
     """What is drawn after a call is the same too."""
@@ -468,6 +475,7 @@ def test_engine_dtype_copies_once_and_follows_writes(peer):
         model.semantic.lm_head.weight[7] += 100 * model.semantic.lm_head.weight[first[0]]
     second = peer.speak(TEXTS[:1], do_sample=False, **SHORT)[0].semantic
     assert second[0] == 7 != first[0]
+    assert model.semantic.bound() is model.semantic.bound()
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 

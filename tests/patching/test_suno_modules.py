@@ -198,6 +198,11 @@ def _hook_on_a_layer(model):
     model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
 
 
+def _other_forward_of_a_layer(model):
+    layer = model.transformer.h[1].attn.c_proj
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+
+
 def _other_layer(model):
     class Doubled(torch.nn.Linear):
         def forward(self, x):
@@ -234,8 +239,8 @@ def _slow_attention(model):
         block.attn.bias = torch.ones(64, 64).tril().view(1, 1, 64, 64)
 
 
-UNUSUAL = [_train, _hook, _hook_on_a_layer, _other_layer, _other_forward, _tanh, _dropout, _attention_dropout,
-           _slow_attention]  # fmt: skip
+UNUSUAL = [_train, _hook, _hook_on_a_layer, _other_forward_of_a_layer, _other_layer, _other_forward, _tanh,
+           _dropout, _attention_dropout, _slow_attention]  # fmt: skip
 
 
 @KINDS

@@ -24,6 +24,7 @@ from suno_cases import REPLACED, TEXT, both, codes, equal, everything, speech
 
 import bark_fast
 from bark_fast import GenerationError, NotCovered
+from bark_fast.config import Layout
 from bark_fast.patching import suno_engine
 from bark_fast.patching.suno_engine import autocast_dtype
 from bark_fast.patching.swap import STATE, Policy
@@ -283,6 +284,15 @@ class Bars:
         bar = tqdm.tqdm(iterable, total=total, disable=disable, file=self.out)
         self.made.append((disable, bar))
         return bar
+
+
+def test_another_default_dtype_is_left_to_the_original(generation):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with bark_fast.patched(generation, strict=True), pytest.raises(NotCovered, match="default dtype"):
+            generation.generate_coarse(speech(4), silent=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("silent", [False, True])
@@ -545,6 +555,11 @@ def test_on_a_gpu_weights_get_sunos_autocast_dtype(generation, monkeypatch):
     monkeypatch.setattr(generation, "autocast", context)
     assert autocast_dtype(generation, torch.device("cuda")) is torch.bfloat16
     assert autocast_dtype(generation, torch.device("cpu")) is None
+    monkeypatch.setattr(suno_engine, "autocast_dtype", lambda generation, device: torch.bfloat16)
+    for asked, used in ((None, torch.bfloat16), ("float32", torch.float32)):
+        with bark_fast.patched(generation, strict=True, dtype=asked):
+            generation.generate_coarse(speech(4), silent=True)
+            assert generation.__dict__[STATE].stages.models.held["coarse"].runner.dtype == used
     with bark_fast.patched(generation):
         assert "on a GPU with the weights in torch.bfloat16" in str(bark_fast.patch_report(generation))
     monkeypatch.undo()
@@ -627,6 +642,18 @@ def test_offloading_moves_models_there_and_back(generation, monkeypatch):
     with bark_fast.patched(generation, strict=True):
         generation.generate_coarse(speech(4), silent=True)
         assert not generation.__dict__[STATE].stages.models.held, "pages make room too"
+
+
+def test_constants_are_those_of_the_module_when_a_call_begins(generation, monkeypatch):
+    names = [name for name in vars(Layout()) if hasattr(generation, name.upper())]
+    assert len(names) == 12
+    for name in names:
+        monkeypatch.setattr(generation, name.upper(), getattr(generation, name.upper()) + 1)
+    with bark_fast.patched(generation):
+        layout = generation.__dict__[STATE].stages.layout()
+    assert {name: getattr(layout, name) - 1 for name in names} == {
+        name: pytest.approx(getattr(Layout(), name)) for name in names
+    }
 
 
 def test_the_report(bark):

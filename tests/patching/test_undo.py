@@ -20,10 +20,10 @@ from patched_twins import both
 from torch import nn
 
 import bark_fast
-from bark_fast.errors import InvalidInput
+from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.patching import core, hf, hf_models
 from bark_fast.patching import swap as swapping
-from bark_fast.patching.swap import is_fast
+from bark_fast.patching.swap import STATE, is_fast
 
 SHORT = {"semantic_max_new_tokens": 12}
 
@@ -126,6 +126,19 @@ def test_an_interrupt_within_a_swap_leaves_nothing(peer, monkeypatch):
 
     monkeypatch.setattr(swapping, "State", interrupted)
     with pytest.raises(KeyboardInterrupt):
+        bark_fast.patch(peer.model)
+    assert anatomy(peer.model) == before
+
+
+def test_a_swap_that_fails_half_way_leaves_nothing(peer, monkeypatch):
+    before, made, fast_class = anatomy(peer.model), [], swapping.fast_class
+
+    def wrong(original, mixin):
+        made.append(original)
+        return fast_class(original, mixin) if len(made) < 3 else int
+
+    monkeypatch.setattr(swapping, "fast_class", wrong)
+    with pytest.raises(TypeError):
         bark_fast.patch(peer.model)
     assert anatomy(peer.model) == before
 
@@ -242,7 +255,7 @@ def test_loading_weights_into_a_patched_model_counts(peer):
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_of_a_patched_model_are_patched_and_their_own(peer, way):
-    model = bark_fast.patch(peer.model)
+    model = bark_fast.patch(peer.model, strict=True, speculative=False)
     expected = spoken(peer)
     twin = copy.deepcopy(model)
     for part in ("semantic", "coarse_acoustics", "fine_acoustics"):  # EnCodec's weight norm cannot be pickled
@@ -254,6 +267,8 @@ def test_copies_of_a_patched_model_are_patched_and_their_own(peer, way):
             setattr(twin, part, torch.load(io.BytesIO(stream.getvalue()), weights_only=False))
     assert bark_fast.is_patched(twin)
     assert isinstance(twin.semantic, type(model.semantic).__mro__[3])
+    policy = twin.semantic.__dict__[STATE].policy
+    assert policy.strict and not policy.speculative
     bark_fast.unpatch(model)
     assert bark_fast.is_patched(twin)
     with torch.no_grad():
@@ -262,6 +277,17 @@ def test_copies_of_a_patched_model_are_patched_and_their_own(peer, way):
     assert same(spoken(peer), expected)
     bark_fast.unpatch(twin)
     assert same(spoken(peer), expected)
+
+
+def test_weights_of_several_dtypes_or_without_contents(peer):
+    semantic = peer.model.semantic
+    semantic.position_embeds_layer.bfloat16()
+    expected = spoken(peer)
+    bark_fast.patch(peer.model)
+    with pytest.warns(RuntimeWarning, match="weights of several dtypes or devices"):
+        assert same(spoken(peer), expected)
+    with pytest.raises(NotCovered, match=r"torch\.float32 on meta"):
+        semantic.float().to("meta").bound()
 
 
 def test_moving_and_casting_while_patched(peer):
@@ -331,7 +357,14 @@ def test_adapters_are_noticed(peer, part, when):
 
 
 @pytest.mark.parametrize(
-    "where", ["semantic.layers.0", "semantic.layers.0.mlp", "coarse_acoustics.layers.1.attn.out_proj"]
+    "where",
+    [
+        "semantic.layers.0",
+        "semantic.layers.0.mlp",
+        "coarse_acoustics.layers.1.attn.out_proj",
+        "fine_acoustics.layers.1.mlp",
+        "fine_acoustics.drop",
+    ],
 )
 def test_forward_hooks_are_called(peer, where):
     calls = []
@@ -518,6 +551,16 @@ def test_without_memory_for_pages_the_original_speaks(peer, monkeypatch, error):
     monkeypatch.setattr(hf_models, "Decoder", none)
     with pytest.warns(RuntimeWarning, match="a batch of 1 for whose pages there is no memory"):
         assert same(spoken(peer), expected)
+
+
+def test_another_error_in_making_pages_is_no_lack_of_memory(peer, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("broken")
+
+    bark_fast.patch(peer.model)
+    monkeypatch.setattr(hf_models, "Decoder", broken)
+    with pytest.raises(RuntimeError, match=r"^broken$"):
+        spoken(peer)
 
 
 def test_a_bound_method_that_outlives_the_patch(model):
