@@ -79,7 +79,7 @@ def _fake_embed_codes(codes: Tensor, tables: list[Tensor], places: Tensor) -> Te
 
 
 define(
-    "embed(Tensor ids, Tensor positions, Tensor tokens, Tensor places, Tensor? extra_ids=None) -> Tensor",
+    "embed(Tensor ids, Tensor positions, Tensor tokens, Tensor places, Tensor? extra_ids) -> Tensor",
     _embed,
     _fake_embed,
 )

@@ -126,7 +126,8 @@ def test_operators_pass_opcheck_and_trace() -> None:
     ids, extra = torch.tensor([1, 2]), torch.tensor([0, -1])
     tokens, places = torch.randn(5, 8), torch.randn(4, 8)
     codes = torch.randint(0, 5, (1, 3, 2))
-    torch.library.opcheck(torch.ops.bark_fast.embed, (ids, ids, tokens, places, extra))
+    for merged in (extra, None):
+        torch.library.opcheck(torch.ops.bark_fast.embed, (ids, ids, tokens, places, merged))
     torch.library.opcheck(torch.ops.bark_fast.embed_codes, (codes, [tokens, tokens], places))
     for call in (
         partial(ops.embed, ids, ids, tokens, places, extra),
