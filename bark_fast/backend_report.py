@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from bark_fast.extension import describe, load
+from bark_fast.ops.attention import attends_faster
 from bark_fast.ops.dispatch import multiplies_faster
 from bark_fast.ops.gpus import has_triton, triton_fault
 
@@ -37,11 +38,12 @@ def _cpu_work() -> str:
     module = load()
     if module is None:
         return ""
-    ours = [
-        name for name in ("float32", "bfloat16", "float16") if multiplies_faster(module, getattr(torch, name))
-    ]
+    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+    ours = [name for name, dtype in dtypes.items() if multiplies_faster(module, dtype)]
     passes = f", in {' and '.join(ours)} prompts and fine windows too" if ours else ""
-    return f"; on this CPU {module.isa()} takes decode steps{passes}; the rest is torch's"
+    seen = [name for name, dtype in dtypes.items() if name not in ours and attends_faster(module, dtype)]
+    attention = f", in {' and '.join(seen)} their attention" if seen else ""
+    return f"; on this CPU {module.isa()} takes decode steps{passes}{attention}; the rest is torch's"
 
 
 def _cuda_fault() -> str:

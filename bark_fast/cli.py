@@ -102,7 +102,9 @@ def cli() -> None:
     show_default=True,
     help="Audio file: .wav, .flac, .ogg or .mp3.",
 )
-@click.option("-m", "--model", help=f"Checkpoint folder or hub id.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "-m", "--model", help=f"Checkpoint folder, hub id, or suno (its own cache).  [default: {DEFAULT_MODEL}]"
+)
 @click.option("--revision", help="Branch, tag or commit of the hub id.")
 @click.option("-v", "--voice", help="Preset name (v2/en_speaker_6) or .npz file.")
 @click.option("--seed", type=int, help="Same seed, same speech.  [default: a fresh one]")

@@ -55,7 +55,7 @@ class VoiceLibrary:
     Hugging Face Hub; `folder`, with the same index or with `<name>.npz` in it, in its prompts/ or
     assets/prompts/; `hub_id`, a repository on the Hub, from which the three arrays of a voice are downloaded
     when it is asked for, of the commit that `folder` is a snapshot of; the prompts of an installed suno bark,
-    which stand in where the hub cannot be reached, with a warning.
+    with a warning where the hub could not be asked.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 "mixed": 32 requests of 1 to 10 s in one list, for Hugging Face in batches of 8 as they come. "equal": 8
 requests of the same length, one batch for both. Same weights (random, of the published shapes), dtype and
 machine, each contender in turn, a text of its own for each request. "many": 64 requests of 5 s under way
-together, without a peer. "book": those texts as one long one, in a given voice, beside the same chunk by
+together, without a peer. "book": 8 texts joined into one long one, in a given voice, beside the same chunk by
 chunk. "alone": one utterance, see benchmarks/one_utterance.py.
 
 Random weights do not end by themselves, so each request's length is its limit of semantic tokens. In a batch of

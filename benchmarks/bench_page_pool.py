@@ -1,6 +1,6 @@
 """Speed of the page pool: operations from C++, and one Python call a scheduler step.
 
-    python benchmarks/bench_page_pool.py
+    python benchmarks/bench_page_pool.py [--no-rows]
 
 Compiles csrc/tests/bench_page_pool.cpp, runs it, times `step` from Python, and appends rows to
 benchmarks/results/page_pool.csv. `value` is the best of several rounds.
@@ -8,6 +8,7 @@ benchmarks/results/page_pool.csv. `value` is the best of several rounds.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -70,6 +71,9 @@ def row(caller: str, name: str, unit: str, value: float) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-rows", action="store_true", help="Print only.")
+    options = parser.parse_args()
     rows = from_cpp() + from_python("Python, PythonPagePool", PythonPagePool)
     if load() is not None:
         rows += from_python("Python, C++ pool", make_pool)
@@ -77,7 +81,8 @@ def main() -> None:
         print(
             f"{measured['caller']:<24} {measured['operation']:<24} {measured['value']:8.2f} {measured['unit']}"
         )
-    print(append_rows("page_pool", rows, device="cpu"))
+    if not options.no_rows:
+        print(append_rows("page_pool", rows, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """act(LN(x) @ weight.T + bias) + residual by the kernel that fits the number of rows.
 
-A few rows: kernels.gemv, one launch. Up to 64: kernels.matmul, one launch, or two where more than 16 rows are
-normalised first. More: the table decides between kernels.matmul and cuBLAS, with LayerNorm before and one fused
-epilogue after, where a residual is not all there is to add. What each rounds: kernels.gemv nothing before the
-result; the others round the normalised row to the weight's dtype, and cuBLAS its product too, before bias, GELU
-and residual, which are fp32, but for a residual that it adds itself.
+A few rows: kernels.gemv, one launch. Up to 64 in 16 bits: kernels.matmul, one launch, or two where more than 16
+rows are normalised first. More: the table decides between kernels.matmul and cuBLAS, with LayerNorm before and
+one fused epilogue after, where a residual is not all there is to add. What each rounds: kernels.gemv nothing
+before the result; the others round the normalised row to the weight's dtype, and cuBLAS its product too, before
+bias, GELU and residual, which are fp32, but for a residual that it adds itself.
 """
 
 from __future__ import annotations

@@ -35,13 +35,14 @@ def extension_backend():
 @pytest.mark.skipif(extension.load() is None, reason=f"no _C: {extension.why_not()}")
 def test_it_says_what_it_computes_on_this_cpu(monkeypatch):
     ours, named = (torch.float32, torch.float16), "in float32 and float16 prompts and fine windows too"
-    for dtypes, words in (
-        (ours, f"decode steps, {named}; the rest is torch's"),
-        ((), "decode steps; the rest"),
+    brain = (torch.bfloat16,)
+    for dtypes, attended, words in (
+        (ours, ours, f"decode steps, {named}; the rest is torch's"),
+        (ours, brain, f"decode steps, {named}, in bfloat16 their attention; the rest"),
+        ((), (), "decode steps; the rest"),
     ):
-        monkeypatch.setattr(
-            backend_report, "multiplies_faster", lambda module, dtype, dtypes=dtypes: dtype in dtypes
-        )
+        for name, chosen in (("multiplies_faster", dtypes), ("attends_faster", attended)):
+            monkeypatch.setattr(backend_report, name, lambda module, dtype, chosen=chosen: dtype in chosen)
         assert f"{extension.load().isa()} takes {words}" in extension_backend().reason
 
 

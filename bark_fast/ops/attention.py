@@ -179,7 +179,7 @@ def _by_extension(
     if query.shape[2] < FEWEST_ROWS or query.shape[3] not in HEAD_DIMS or not key.shape[2]:
         return None
     module = extension.load()
-    if module is None or not _attends_faster(module, query.dtype):
+    if module is None or not attends_faster(module, query.dtype):
         return None
     if not all_plain(query.dtype, (query, key, value)) or (out is not None and out.stride(3) != 1):
         return None
@@ -188,7 +188,7 @@ def _by_extension(
     return out
 
 
-def _attends_faster(module: ModuleType, dtype: torch.dtype) -> bool:
+def attends_faster(module: ModuleType, dtype: torch.dtype) -> bool:
     """Whether the extension does here. In bfloat16 torch multiplies widened numbers on CPUs without AMX."""
     if dtype == torch.bfloat16 and module.isa() == "avx512bf16":
         return not module.cpu_is_intels()

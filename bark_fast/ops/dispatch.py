@@ -28,7 +28,8 @@ _preferred: ContextVar[Backend] = ContextVar("preferred_backend", default="auto"
 def prefer(backend: Backend) -> Iterator[None]:
     """Run operations on `backend` in this thread or task: for comparisons, tests and bug hunts.
 
-    "auto", the default, is Triton for tensors on a CUDA GPU that it runs on, and torch elsewhere.
+    "auto", the default, is the compiled extension where it has the operation, else Triton on a CUDA GPU that it
+    runs on, else torch.
     """
     if backend not in get_args(Backend):
         raise InvalidInput(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}")
