@@ -89,7 +89,7 @@ def contenders(folder: Path, options: argparse.Namespace) -> dict[str, Callable[
 
 def suno_dtype(device: str) -> str:
     """What suno's package multiplies in, whatever it is asked for."""
-    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported(False) else "float32"
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
 
 
 def warm_up_seconds(options: argparse.Namespace, ours: bool) -> float:

@@ -99,7 +99,10 @@ def main() -> None:
 
     tokens = ("semantic", "coarse", "fine")
     print("tokens equal:", all(np.array_equal(before[name], after[name]) for name in tokens))
-    print("samples differ by at most:", float(np.abs(before["codec"] - after["codec"]).max()))
+    if before["codec"].shape == after["codec"].shape:
+        print("samples differ by at most:", float(np.abs(before["codec"] - after["codec"]).max()))
+    else:  # on a GPU suno multiplies in bfloat16, where another rounding may end the speech elsewhere
+        print("samples:", len(before["codec"]), "and", len(after["codec"]))
     print(f"{'seconds':10} suno's  patched")
     for name, seconds in {**slow, "in all": sum(slow.values())}.items():
         print(f"{name:10} {seconds:6.2f}  {fast.get(name, sum(fast.values())):7.2f}")

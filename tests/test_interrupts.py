@@ -281,6 +281,17 @@ def test_rewinding_knows_the_order_of_steps() -> None:
         draws.at(5, lambda: torch.zeros(1))
 
 
+def test_what_others_drew_meanwhile_does_not_come_again() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = Rewindable(generator)
+    for step in range(4):
+        draws.at(step, lambda: torch.rand(2, generator=generator))
+    draws.used(1)
+    theirs = torch.rand(4, generator=generator)
+    draws.settle()
+    assert not set(theirs.tolist()) & set(torch.rand(40, generator=generator).tolist())
+
+
 def drawn_ahead() -> tuple[HeldNoise, TorchNoise]:
     """Noise whose first draw made a token and three more were made ahead, and plain noise after that token."""
     noise, plain = HeldNoise(torch_noise()), torch_noise()

@@ -62,8 +62,16 @@ class Rewindable:
             del self._draws[one]
 
     def settle(self) -> None:
-        """Set the generator back to where it stood after the last draw used."""
-        before = self._state if self._draws else self._undo
+        """Set the generator back to where it stood after the last draw used.
+
+        Not where somebody else has drawn from it since: the same numbers would come again.
+        """
+        before = self._undo
+        if self._draws:
+            _, after = self._draws[max(self._draws)]
+            cut_off = self._undo is not None  # in a draw, which may have moved it
+            ours = cut_off or torch.equal(self.generator.get_state(), after)
+            before = self._state if ours else None
         if before is not None:
             self.generator.set_state(before)
         self._undo = None

@@ -41,13 +41,16 @@ def patch(
         module, functions are replaced. Patching again takes the new options.
     engine: True runs whole stages of `generate` in bark_fast's engine; False replaces layers only.
     dtype: of the weights the engine runs with, "float32", "float16" or "bfloat16": copies, unless the model
-        has that dtype. None shares the model's own.
+        has that dtype. None shares the model's own; suno's module multiplies in bfloat16 on a GPU that has it,
+        as its own autocast does, and so does the engine, on copies.
     rng: "torch" draws from torch's generators as the original does: the same seed gives the same tokens.
         "philox" seeds bark_fast's own noise from them, which needs no host on a GPU: other tokens, as random.
     strict: raise `NotCovered` where a call is left to the original code; otherwise it is, with one warning.
     speculative: on a CPU, as of `Bark.from_pretrained`: the same tokens sooner where few rows decode,
         for a copy of the decoding weights in int8, made by the first `generate`. False: do without.
 
+    Pages for the keys and values of the batches last seen, and graphs of their steps, are kept for the next
+    call; `unpatch` lets them go.
     Patch and unpatch between calls, not while another thread is in one. Copies of weights are made anew when
     the model's are moved or written to; what is written through `.data` nobody can see: patch again after it.
 

@@ -63,6 +63,7 @@ class FastCausal(Patched):
     ) -> Any:  # fmt: skip
         state, model = self._fast, _any(self)
         with state.lock:
+            reason: str | None = None
             try:
                 if synced_gpus or streamer is not None:
                     raise NotCovered("a streamer" if streamer is not None else "synced_gpus")
@@ -74,8 +75,10 @@ class FastCausal(Patched):
                 request = request_of(logits_processor, stopping_criteria, generation_config, vocab_size, length)
                 ids, merged = self._prompt(input_ids, model_kwargs)
                 drawn = self._draw(bound, ids, merged, request)
-            except NotCovered as uncovered:
-                state.policy.decline(str(uncovered))
+            except NotCovered as uncovered:  # with its traceback, which may hold the pages that did not fit
+                reason = str(uncovered)
+            if reason is not None:
+                state.policy.decline(reason)
                 return super()._sample(  # type: ignore[misc]
                     input_ids, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
                     generation_config=generation_config, synced_gpus=synced_gpus, streamer=streamer,
@@ -208,7 +211,7 @@ class FastFine(Patched):
             and not model.config.output_attentions and not model.config.output_hidden_states
         )  # fmt: skip
         bound = self._bound_or_none() if covered else None
-        if bound is None or input_ids is None or not _fits(bound.model.config, codebook_idx, input_ids):
+        if bound is None or input_ids is None or not _fits(bound, codebook_idx, input_ids):
             return super().forward(codebook_idx, input_ids, *args, **kwargs)  # type: ignore[misc]
         from transformers.modeling_outputs import MaskedLMOutput
 
@@ -276,10 +279,12 @@ def _any(model: object) -> Any:
     return model
 
 
-def _fits(config: GPTConfig, codebook: Any, codes: Tensor) -> bool:
+def _fits(bound: Bound[FineGPT], codebook: Any, codes: Tensor) -> bool:
+    config = bound.model.config
     assert isinstance(config, FineConfig)
     return (
         isinstance(codebook, int)
+        and codes.device == bound.device
         and config.n_codes_given <= codebook < config.n_codes_total
         and codes.dim() == 3
         and codes.dtype in (torch.int32, torch.int64)

@@ -16,8 +16,9 @@ from torch import nn
 from bark_fast.checkpoint.names import gpt_shapes, suno_name
 from bark_fast.config import FineConfig, GPTConfig
 from bark_fast.engine.scheduler import Observer, Scheduler, Utterance
-from bark_fast.errors import NotCovered
+from bark_fast.errors import NotCovered, is_of_memory
 from bark_fast.loading import runner_kind
+from bark_fast.ops.gpus import is_from_ampere_on, number_of
 from bark_fast.ops.noise import NoiseSource, PhiloxNoise, TorchNoise
 from bark_fast.patching.shared import Bound, bind
 from bark_fast.patching.suno_modules import why_not_suno
@@ -121,13 +122,20 @@ class SunoModels:
             held = self.held.get(key)
             if held is not None and held.speculative != policy.speculative:
                 held = None
-            bound: Bound[Any] = bind(model, config, suno_name, dtype, held.bound if held else None)
-            if held is None or held.bound is not bound:
-                held = None
-                self.held.pop(key, None)  # its pages go before new ones come
-                theirs = ref(model, partial(self._gone, key))
-                held = self.held[key] = Held(key, bound, theirs, policy.speculative)
-            return held
+            fault: str | None = None
+            try:
+                bound: Bound[Any] = bind(model, config, suno_name, dtype, held.bound if held else None)
+                if held is None or held.bound is not bound:
+                    held = None
+                    self.held.pop(key, None)  # its pages go before new ones come
+                    theirs = ref(model, partial(self._gone, key))
+                    held = self.held[key] = Held(key, bound, theirs, policy.speculative)
+                return held
+            except RuntimeError as error:
+                if not is_of_memory(error):
+                    raise
+                fault = str(error).splitlines()[0]
+        raise NotCovered(f"a model for whose copies and pages there is no memory ({fault})")
 
     def _gone(self, key: Key, theirs: ReferenceType[Any]) -> None:
         """suno's model was freed, as `clean_models` does: let its weights go. No lock: any line may free."""
@@ -137,9 +145,13 @@ class SunoModels:
 
 
 def autocast_dtype(generation: ModuleType, device: torch.device) -> torch.dtype | None:
-    """The dtype in which suno's own autocast multiplies on `device`; None where it has none."""
+    """The dtype in which suno's own autocast multiplies on `device`; None where it has none.
+
+    None too on a GPU without bfloat16: torch says that it has it, and emulates it, slower than float32 is.
+    """
     keywords = getattr(getattr(generation, "autocast", None), "keywords", {})
-    return keywords.get("dtype") if device.type == "cuda" else None
+    dtype: torch.dtype | None = keywords.get("dtype") if device.type == "cuda" else None
+    return dtype if dtype is not None and is_from_ampere_on(number_of(device)) else None
 
 
 def config_of(model: Any) -> GPTConfig:

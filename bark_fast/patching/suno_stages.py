@@ -11,6 +11,7 @@ import numpy as np
 
 from bark_fast.audio import Tokens
 from bark_fast.config import FineConfig, GPTConfig, Layout
+from bark_fast.engine.capture import ONE_CAPTURE
 from bark_fast.errors import InvalidInput, NotCovered
 from bark_fast.numeric import is_number
 from bark_fast.patching.suno_engine import SunoModels
@@ -72,7 +73,7 @@ class SunoStages:
 
                 tokens = held.run(stage, policy.rng, show)
                 bar.update(100 - bar.n)
-        suno._clear_cuda_cache()
+        self._clear_cache()
         return tokens
 
     def generate_coarse(
@@ -111,7 +112,7 @@ class SunoStages:
                     bar.update(int(isinstance(work, Decode) and done == work.max_new_tokens))
 
                 drawn = held.run(stage, policy.rng, show)
-        self.generation._clear_cuda_cache()
+        self._clear_cache()
         return drawn
 
     def generate_fine(
@@ -146,8 +147,13 @@ class SunoStages:
                     bar.update(int(last))
 
                 drawn = held.run(fine(codes, history, params, options, 0), policy.rng, show)
-        self.generation._clear_cuda_cache()
+        self._clear_cache()
         return drawn.astype(np.int32)
+
+    def _clear_cache(self) -> None:
+        """As suno does after each stage; emptying torch's cache would break another thread's capture off."""
+        with ONE_CAPTURE:
+            self.generation._clear_cuda_cache()
 
     def layout(self, **windows: int) -> Layout:
         """suno's constants as they are now, with the lengths its code spells out."""

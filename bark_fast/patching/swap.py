@@ -81,6 +81,13 @@ class Patched:
         assert isinstance(made, tuple)
         return (_blank, (self._bark_fast_original, self._bark_fast_mixin), *made[2:])
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Of `torch.nn.DataParallel`, whose replicas have no parameters: they are of the original class."""
+        plain: Any = object.__new__(self._bark_fast_original)
+        plain.__dict__.update(self.__dict__)
+        plain.__dict__.pop(STATE, None)
+        return plain._replicate_for_data_parallel()
+
     @property
     def _fast(self) -> State:
         state: State = self.__dict__[STATE]

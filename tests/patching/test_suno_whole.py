@@ -25,6 +25,7 @@ from suno_cases import REPLACED, TEXT, both, codes, equal, everything, speech
 import bark_fast
 from bark_fast import GenerationError, NotCovered
 from bark_fast.config import Layout
+from bark_fast.engine.capture import ONE_CAPTURE
 from bark_fast.patching import suno_engine
 from bark_fast.patching.suno_engine import autocast_dtype
 from bark_fast.patching.swap import STATE, Policy
@@ -553,7 +554,10 @@ def test_on_a_gpu_weights_get_sunos_autocast_dtype(generation, monkeypatch):
     context = functools.partial(torch.autocast, device_type="cuda", dtype=torch.bfloat16)
     assert autocast_dtype(generation, torch.device("cuda")) is None  # suno found no GPU
     monkeypatch.setattr(generation, "autocast", context)
-    assert autocast_dtype(generation, torch.device("cuda")) is torch.bfloat16
+    monkeypatch.setattr(suno_engine, "number_of", lambda device: 1 if device.index is None else device.index)
+    monkeypatch.setattr(suno_engine, "is_from_ampere_on", bool)
+    for gpu, expected in ((0, None), (1, torch.bfloat16)):  # of which the former emulates it
+        assert autocast_dtype(generation, torch.device("cuda", gpu)) is expected
     assert autocast_dtype(generation, torch.device("cpu")) is None
     monkeypatch.setattr(suno_engine, "autocast_dtype", lambda generation, device: torch.bfloat16)
     for asked, used in ((None, torch.bfloat16), ("float32", torch.float32)):
@@ -563,6 +567,26 @@ def test_on_a_gpu_weights_get_sunos_autocast_dtype(generation, monkeypatch):
     with bark_fast.patched(generation):
         assert "on a GPU with the weights in torch.bfloat16" in str(bark_fast.patch_report(generation))
     monkeypatch.undo()
+
+
+def test_without_memory_for_the_engine_suno_speaks(generation, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+
+    torch.manual_seed(0)
+    expected = generation.generate_coarse(speech(4), silent=True)
+    monkeypatch.setattr(suno_engine, "Held", full)
+    torch.manual_seed(0)
+    with bark_fast.patched(generation), pytest.warns(RuntimeWarning, match=r"no memory \(CUDA .* 2 GiB\.\)"):
+        equal(generation.generate_coarse(speech(4), silent=True), expected)
+
+
+def test_torchs_cache_is_emptied_while_nobody_captures(generation, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generation, "_clear_cuda_cache", lambda: seen.append(ONE_CAPTURE.locked()))
+    with bark_fast.patched(generation, strict=True):
+        generation.generate_coarse(speech(4), silent=True)
+    assert seen == [True]
 
 
 def test_philox_is_seeded_by_torch(generation):

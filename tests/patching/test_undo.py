@@ -12,12 +12,15 @@ import time
 from collections import OrderedDict
 from threading import Thread
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
 from patched_twins import both
 from torch import nn
+from transformers import LogitsProcessorList
+from transformers.generation import utils
 
 import bark_fast
 from bark_fast.errors import InvalidInput, NotCovered
@@ -543,14 +546,42 @@ def test_a_hook_within_a_layer_is_reported(model):
 def test_without_memory_for_pages_the_original_speaks(peer, monkeypatch, error):
     """It makes room only for the tokens there are."""
 
+    pages = []
+
     def none(*_, **__):
-        raise error
+        some = torch.zeros(9)
+        pages.append(ref(some))
+        raise type(error)(*error.args)
+
+    class WithoutThem(LogitsProcessorList):
+        def __call__(self, *args, **kwargs):
+            assert not any(page() is not None for page in pages)  # what there was room for is free again
+            return super().__call__(*args, **kwargs)
 
     expected = spoken(peer)
     bark_fast.patch(peer.model)
     monkeypatch.setattr(hf_models, "Decoder", none)
+    monkeypatch.setattr(utils, "LogitsProcessorList", WithoutThem)
     with pytest.warns(RuntimeWarning, match="a batch of 1 for whose pages there is no memory"):
         assert same(spoken(peer), expected)
+    assert pages
+
+
+def test_replicas_of_data_parallel_are_the_originals(peer):
+    classes = {name: type(module) for name, module in peer.model.named_modules()}
+    bark_fast.patch(peer.model)
+    for name, module in peer.model.named_modules():
+        replica = module._replicate_for_data_parallel()
+        assert type(replica) is classes[name]
+        assert STATE not in vars(replica) and not replica._parameters
+
+
+def test_codes_elsewhere_are_left_to_the_original(peer):
+    """Which says what is wrong with them: a kernel would read another GPU's memory."""
+    bark_fast.patch(peer.model)
+    codes, bound = torch.zeros(1, 4, 8, dtype=torch.int64), peer.model.fine_acoustics.bound()
+    assert hf_models._fits(bound, 3, codes)
+    assert not hf_models._fits(bound, 3, codes.to("meta"))
 
 
 def test_another_error_in_making_pages_is_no_lack_of_memory(peer, monkeypatch):
