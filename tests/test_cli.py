@@ -314,8 +314,8 @@ class TestErrors:
         process = subprocess.Popen(
             [*COMMAND, "say", "--model", str(tiny_suno_dir), "--long-form", "Hello there. " * 500],
             cwd=run.folder, env=environment(tmp_path), stderr=subprocess.PIPE,
-            # shells start background jobs with this signal ignored, and children inherit that
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # shells start background jobs, and nohup all, with a signal ignored, and children inherit that
+            preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL),
         )  # fmt: skip
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)

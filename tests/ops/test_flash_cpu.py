@@ -180,7 +180,7 @@ def test_the_operation_takes_it_where_it_pays(monkeypatch: pytest.MonkeyPatch) -
     query, key, value = packed(2, 40, 3, 64, torch.float32)
     mask = torch.ones(2, 40, dtype=torch.bool)
     for pays in (True, False):
-        monkeypatch.setattr(ops, "_attends_faster", lambda module, asked, pays=pays: pays)
+        monkeypatch.setattr(ops, "attends_faster", lambda module, asked, pays=pays: pays)
         got = ops.attention(query, key, value, True)
         expected = run(query, key, value, True) if pays else ops.reference(query, key, value, True)
         assert torch.equal(got, expected)
@@ -223,7 +223,7 @@ def test_where_it_attends_faster(monkeypatch: pytest.MonkeyPatch, isa: str) -> N
             monkeypatch.setattr(ops, "multiplies_faster", lambda module, dtype, answer=multiplies: answer)
             for dtype in FLOOR:
                 native = isa == "avx512bf16" and dtype == torch.bfloat16
-                assert ops._attends_faster(module, dtype) == (not intels if native else multiplies)
+                assert ops.attends_faster(module, dtype) == (not intels if native else multiplies)
 
 
 def test_dtypes_that_it_has_not_stay_with_torch() -> None:
@@ -239,7 +239,7 @@ def test_prompts_of_the_engine_go_this_way(monkeypatch: pytest.MonkeyPatch) -> N
     qkv = torch.randn(rows, 3 * heads * head_dim, generator=random)
     calls: list[int] = []
     flash = C.flash
-    monkeypatch.setattr(ops, "_attends_faster", lambda module, dtype: True)
+    monkeypatch.setattr(ops, "attends_faster", lambda module, dtype: True)
     monkeypatch.setattr(C, "flash", lambda *arguments: (calls.append(1), flash(*arguments)))
     results = []
     for backend in ("auto", "torch"):
