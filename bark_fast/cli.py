@@ -20,6 +20,7 @@ from bark_fast.errors import (
     InvalidInput,
     OutputError,
     is_of_memory,
+    shortage,
 )
 from bark_fast.sampling import SamplingParams
 
@@ -65,10 +66,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:  # torch's and numpy's
         if not is_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["none is left"])[0]
         _say(
-            f"there is not enough memory ({reason}); close other programs, or choose a smaller dtype or "
-            f"checkpoint"
+            f"there is not enough memory ({shortage(error)}); close other programs, or choose a smaller "
+            f"dtype or checkpoint"
         )
         status = 1
     except OSError as error:  # of stdout: files have errors of their own

@@ -52,11 +52,12 @@ class NotCovered(BarkFastError, RuntimeError):
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Whether the system, Python, numpy or torch raised it because no memory is left.
-
-    On a CPU torch has no class for it, and files that cannot be mapped fail in many.
-    """
+    """Whether Python, numpy or torch raised it because none is left: on a CPU torch has no class for it."""
     said = str(error)
     short = ("alloc" in said or "memory" in said) and "illegal memory access" not in said
-    of_system = "Cannot allocate memory" in said
-    return isinstance(error, MemoryError) or of_system or (isinstance(error, RuntimeError) and short)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and short)
+
+
+def shortage(error: BaseException) -> str:
+    """What an error of memory says of it, in one line; Python's own says nothing."""
+    return (str(error).splitlines() or ["none is left"])[0]

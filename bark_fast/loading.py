@@ -19,7 +19,7 @@ from bark_fast.engine.graph_runner import GraphRunner
 from bark_fast.engine.memory import context_bytes, storage_bytes
 from bark_fast.engine.runner import EagerRunner
 from bark_fast.engine.speculative_runner import SpeculativeRunner
-from bark_fast.errors import InvalidInput, is_of_memory
+from bark_fast.errors import InvalidInput, is_of_memory, shortage
 from bark_fast.modules.codec import Codec
 from bark_fast.modules.draft import DraftGPT
 from bark_fast.modules.fine import FineGPT
@@ -78,8 +78,7 @@ def _memory_for(what: str, remedy: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # torch's, of a CPU or a GPU, and numpy's
         if not is_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["none is left"])[0]
-        raise InvalidInput(f"there is no memory for {what} ({reason}); {remedy}") from error
+        raise InvalidInput(f"there is no memory for {what} ({shortage(error)}); {remedy}") from error
 
 
 def copied_to(checkpoint: Checkpoint, device: torch.device) -> Checkpoint:

@@ -15,7 +15,7 @@ from bark_fast.engine.admission import Admission
 from bark_fast.engine.held_noise import HeldNoise
 from bark_fast.engine.runner import Runner
 from bark_fast.engine.utterance import Active, Branch, Outcome, Owner, Utterance
-from bark_fast.errors import BarkFastError, GenerationError, is_of_memory
+from bark_fast.errors import BarkFastError, GenerationError, is_of_memory, shortage
 from bark_fast.ops.noise import PhiloxNoise
 from bark_fast.work import Await, Decode, FinePass, Fork, Join, Stage, Vocode, Work
 
@@ -317,10 +317,9 @@ def _explained(error: Exception) -> Exception:
     """The error; where memory ran out, one of ours that says what helps."""
     if isinstance(error, BarkFastError) or not is_of_memory(error):
         return error
-    reason = (str(error).splitlines() or ["none is left"])[0]
     short = GenerationError(
-        f"there is no memory for what one utterance computes ({reason}); end other programs, or load the model "
-        f"with a smaller max_memory, dtype or checkpoint"
+        f"there is no memory for what one utterance computes ({shortage(error)}); end other programs, or "
+        f"load the model with a smaller max_memory, dtype or checkpoint"
     )
     short.__cause__ = error
     return short

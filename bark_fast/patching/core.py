@@ -56,9 +56,10 @@ def patch(
 
     Raises TypeError for anything else than a Bark, InvalidInput for an option out of range.
     """
-    flags = {"engine": engine, "strict": strict, "speculative": speculative}
-    fused, strictly, guessing = (check_flag(name, value) for name, value in flags.items())
-    policy = Policy(fused, _dtype(dtype), _rng(rng), strictly, guessing)
+    policy = Policy(
+        check_flag("engine", engine), _dtype(dtype), _rng(rng), check_flag("strict", strict),
+        check_flag("speculative", speculative),
+    )  # fmt: skip
     if not engine and (dtype is not None or rng != "torch"):
         raise InvalidInput(
             f"dtype={dtype!r} and rng={rng!r} are for the engine; with engine=False layers keep the model's "

@@ -16,7 +16,7 @@ from torch import nn
 from bark_fast.checkpoint.names import gpt_shapes, suno_name
 from bark_fast.config import FineConfig, GPTConfig
 from bark_fast.engine.scheduler import Observer, Scheduler, Utterance
-from bark_fast.errors import NotCovered, is_of_memory
+from bark_fast.errors import NotCovered, is_of_memory, shortage
 from bark_fast.loading import runner_kind
 from bark_fast.ops.gpus import is_from_ampere_on, number_of
 from bark_fast.ops.noise import NoiseSource, PhiloxNoise, TorchNoise
@@ -122,7 +122,6 @@ class SunoModels:
             held = self.held.get(key)
             if held is not None and held.speculative != policy.speculative:
                 held = None
-            fault: str | None = None
             try:
                 bound: Bound[Any] = bind(model, config, suno_name, dtype, held.bound if held else None)
                 if held is None or held.bound is not bound:
@@ -134,7 +133,7 @@ class SunoModels:
             except RuntimeError as error:
                 if not is_of_memory(error):
                     raise
-                fault = str(error).splitlines()[0]
+                fault = shortage(error)
         raise NotCovered(f"a model for whose copies and pages there is no memory ({fault})")
 
     def _gone(self, key: Key, theirs: ReferenceType[Any]) -> None:
